@@ -67,5 +67,5 @@ def retry_delay_s(status: status_pb2.Status) -> float | None:
     retry = error_details_pb2.RetryInfo()
     for detail in status.details:
         if detail.Unpack(retry):
-            return retry.retry_delay.ToMilliseconds() / 1000
+            return float(retry.retry_delay.ToMilliseconds()) / 1000
     return None
