@@ -1,0 +1,44 @@
+# The two commands: `make demo` and `make test`. Both set everything up in .venv; neither needs a terminal nor root.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test test-long lint types stubs clean
+
+help:
+	@echo 'make demo       set up, start both services with the bundled model, chat, 32 concurrent requests, stop'
+	@echo 'make test       set up, lint, types, tests (ten minutes at most on two cores)'
+	@echo 'make test-long  the slow rest: the whole parity matrix, the whole demo-model check'
+	@echo 'make stubs      generate protos/*_pb2* anew from the .proto files'
+	@echo 'make clean      remove .venv and caches'
+
+$(READY): pyproject.toml hatch_build.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'leasehold needs Python 3.11 or later; say make PYTHON=/path/to/python3.11'; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || { echo 'the venv module is missing; on Debian: apt-get install python3-venv'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'  # 25.1: --group
+	$(BIN)/python -m pip install --quiet --editable '.[decoder]' --group dev
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python -m clients.demo
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
+
+test-long: $(READY)
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+
+stubs: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m protos.generate
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
