@@ -1,0 +1,133 @@
+"""The engine's side of its leases: what it asks of whoever owns the blocks, and what comes back into its inbox.
+
+Every method of a port returns at once, and every answer is a message, because lease traffic is never on the token path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from services.decoder.errors import DecoderError
+from services.decoder.kv_view import KvView
+
+
+@dataclass(frozen=True)
+class KvGeometry:
+    """What one model stores for each token; fixed for the life of the engine."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    kv_dtype: str  # "bf16", "f16" or "f32"
+    model_fingerprint: bytes  # 32 bytes
+
+
+@dataclass(frozen=True)
+class AcquireAsk:
+    """A lease that a sequence wants, all or nothing."""
+
+    cache_id: int  # never used before in this process
+    num_blocks: int
+    priority: int
+    tenant: str
+    age_ticket: int | None  # as issued before; None: a new arrival
+
+
+@dataclass(frozen=True)
+class HeldLease:
+    """A lease that the engine holds at a step boundary: what a session claims when it is opened anew."""
+
+    cache_id: int
+    block_ids: tuple[int, ...]
+    priority: int
+    tenant: str
+    age_ticket: int | None
+
+
+@dataclass(frozen=True)
+class PoolReady:
+    """The K/V is mapped and leases can be asked for. Any lease of before is void, and is not to be released."""
+
+    kv: KvView
+    block_size: int
+
+
+@dataclass(frozen=True)
+class ManagerAway:
+    """The session broke off: new requests fail, running ones go on in the blocks that they hold."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class ManagerBack:
+    """The session was opened anew and every lease that the engine holds was claimed again."""
+
+
+@dataclass(frozen=True)
+class LeaseGranted:
+    """The whole table of a lease, after Acquire or Extend."""
+
+    cache_id: int
+    block_ids: Sequence[int]
+    num_cached_tokens: int
+    age_ticket: int | None
+
+
+@dataclass(frozen=True)
+class LeaseRefused:
+    """An Acquire or Extend that leased nothing; what was held before is still held."""
+
+    cache_id: int
+    error: DecoderError
+
+
+@dataclass(frozen=True)
+class LeaseRevoked:
+    """The lease must be released at the next step boundary; may come more than once."""
+
+    cache_id: int
+
+
+@dataclass(frozen=True)
+class ClaimsWanted:
+    """The engine answers, at a step boundary, with every lease that it holds. `answer` may be called from its thread."""
+
+    answer: Callable[[Sequence[HeldLease]], None]
+
+
+LeaseMessage = PoolReady | ManagerAway | ManagerBack | LeaseGranted | LeaseRefused | LeaseRevoked | ClaimsWanted
+Post = Callable[[LeaseMessage], None]
+
+
+class LeasePort(Protocol):
+    """Who leases blocks to the engine. `bind`, `acquire`, `extend` and `release` are called by the engine's thread."""
+
+    def bind(self, geometry: KvGeometry, post: Post, busy_ms: Callable[[], int | None]) -> None:
+        """Called once, when the model is loaded. `post` takes messages from any thread; `busy_ms` is the age of the present step."""
+        ...
+
+    def acquire(self, ask: AcquireAsk) -> None:
+        """Asks for a lease; LeaseGranted or LeaseRefused follows unless it is released before."""
+        ...
+
+    def extend(self, cache_id: int, num_blocks: int) -> None:
+        """Asks for a lease to grow to num_blocks in all; LeaseGranted or LeaseRefused follows unless it is released before."""
+        ...
+
+    def release(self, cache_id: int) -> None:
+        """Gives a lease back, or withdraws an Acquire. No step that the engine has in flight may touch its blocks."""
+        ...
+
+    async def open(self) -> None:
+        """Called by the server once the engine has started: opens the session, or goes on trying in the background.
+
+        Raises ConfigError when it can never succeed as configured.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Called by the server after the engine has stopped: waits, for a bounded time, until all releases are answered."""
+        ...
