@@ -1,0 +1,265 @@
+"""The decoder's command line, checked loudly: every error names the flag and the fix."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import importlib.util
+import platform
+import re
+import secrets
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from services.decoder.errors import ConfigError
+from services.logs import LOG_LEVELS
+from services.serving import AddressError, check_address
+
+DEFAULT_LISTEN = "127.0.0.1:50051"
+DEFAULT_KV_MANAGER = "127.0.0.1:50050"
+DEFAULT_MAX_SEQS = 32  # twice a burst of 16
+DEFAULT_KV_CAPACITY = 2048  # tokens; the model's maximum when that is smaller
+DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
+BACKENDS = ("mlx", "native")
+KV_DTYPES = ("bf16", "f16", "f32")
+NATIVE_MODULE = "services.decoder.ops.native"
+
+_WORKER_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
+_MAX_INT = 2**31 - 1
+
+_EPILOG = """\
+examples:
+  python -m services.decoder --model ~/models/Qwen3-30B-A3B-4bit
+      serves on 127.0.0.1:50051 with K/V blocks leased from the manager on 127.0.0.1:50050
+  python -m services.decoder --model DIR --kv-capacity 8192 --max-seqs 16
+      longer requests, fewer of them at a time
+  python -m services.decoder --model DIR --no-paged
+      needs no manager; a request owns one contiguous cache
+"""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The command line as given; what depends on the checkpoint is still None."""
+
+    model: Path
+    listen: str
+    kv_manager: str
+    backend: str  # "mlx", "native" or "auto"
+    max_seqs: int
+    kv_capacity: int | None  # tokens; None: resolve_kv_capacity decides
+    max_num_batched_tokens: int
+    kv_dtype: str | None  # None: the checkpoint's
+    paged: bool
+    reserve_full: bool
+    worker_id: str
+    log_level: str
+    threads: int | None  # None: the backend decides
+    grace_s: float  # how long a running request may go on after SIGTERM
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
+
+
+def parse_args(argv: Sequence[str]) -> DecoderConfig:
+    """The command line as a checked config; raises ConfigError naming the flag and the fix."""
+    args = _parser().parse_args(argv)
+    listen = _address("--listen", args.listen)
+    kv_manager = _address("--kv-manager", args.kv_manager)
+    if args.paged and kv_manager.endswith(":0"):
+        raise ConfigError(f"--kv-manager: {kv_manager!r} has port 0; write the port that the manager listens on")
+    if args.max_num_batched_tokens < args.max_seqs:
+        raise ConfigError(
+            f"--max-num-batched-tokens: {args.max_num_batched_tokens} is less than --max-seqs {args.max_seqs}, and every "
+            f"running sequence needs one token a step; raise it to {args.max_seqs} or more, or lower --max-seqs"
+        )
+    return DecoderConfig(
+        model=_model_dir(args.model),
+        listen=listen,
+        kv_manager=kv_manager,
+        backend=args.backend,
+        max_seqs=args.max_seqs,
+        kv_capacity=args.kv_capacity,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        kv_dtype=args.kv_dtype,
+        paged=args.paged,
+        reserve_full=args.reserve == "full",
+        worker_id=_worker_id(args.worker_id, listen),
+        log_level=args.log_level,
+        threads=args.threads,
+        grace_s=args.grace,
+    )
+
+
+def resolve_kv_capacity(requested: int | None, model_max_tokens: int) -> int:
+    """The tokens that one request may hold; raises ConfigError when more are asked for than the model can do."""
+    if requested is None:
+        return min(model_max_tokens, DEFAULT_KV_CAPACITY)
+    if requested > model_max_tokens:
+        raise ConfigError(
+            f"--kv-capacity: {requested} tokens are more than this model's maximum of {model_max_tokens} "
+            f"(max_position_embeddings in config.json); use {model_max_tokens} or less"
+        )
+    return requested
+
+
+def resolve_backend(requested: str) -> str:
+    """The backend to use; `auto` takes native where it is built, on a Linux CPU. Raises ConfigError when it is absent."""
+    if requested == "mlx":
+        return "mlx"
+    reason = _why_no_native()
+    if requested == "auto":
+        return "mlx" if reason else "native"
+    if reason:
+        raise ConfigError(f"--backend: native is not available: {reason}; build it, or use --backend mlx or auto")
+    return "native"
+
+
+def _why_no_native() -> str:
+    """Empty when the native backend can be used."""
+    if platform.system() != "Linux":
+        return f"it is for Linux CPUs, and this is {platform.system()}"
+    if importlib.util.find_spec(NATIVE_MODULE) is None:
+        return "it is not part of this installation"
+    try:
+        module = importlib.import_module(NATIVE_MODULE)
+    except (ImportError, OSError) as error:
+        return f"it does not load ({error})"
+    why: str = getattr(module, "why_unavailable", lambda: "")()
+    return why
+
+
+def _address(flag: str, address: str) -> str:
+    try:
+        return check_address(flag, address)
+    except AddressError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _model_dir(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise ConfigError(
+            f"--model: {text} does not exist; give the folder of a checkpoint (config.json and *.safetensors)"
+        )
+    if not path.is_dir():
+        raise ConfigError(f"--model: {text} is a file; give the folder that holds config.json and *.safetensors")
+    if not (path / "config.json").is_file():
+        raise ConfigError(
+            f"--model: {text} has no config.json; give the folder of a checkpoint in Hugging Face's layout"
+        )
+    return path.resolve()
+
+
+def _worker_id(given: str | None, listen: str) -> str:
+    if given is not None:
+        if _WORKER_ID.match(given) is None:
+            raise ConfigError(f"--worker-id: {given!r} is not 1 to 64 characters of [A-Za-z0-9._-]")
+        return given
+    # Port 0 is another port each time, and two such decoders of one host must not share an id.
+    address = f"auto-{secrets.token_hex(4)}" if listen.endswith(":0") else listen.replace(":", "-")
+    worker_id = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{socket.gethostname()}-{address}")
+    if len(worker_id) <= 64:
+        return worker_id
+    digest = hashlib.blake2b(worker_id.encode(), digest_size=4).hexdigest()
+    return f"{worker_id[:55]}-{digest}"
+
+
+def _positive_int(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give a whole number of at least 1") from None
+    if not 1 <= value <= _MAX_INT:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; give a whole number from 1 to {_MAX_INT}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give seconds, 0 or more") from None
+    if not 0 <= value <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; give 0 to 86400 seconds")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m services.decoder",
+        description="Serves a Mixture-of-Experts model over gRPC, with K/V blocks leased from a KV manager.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        metavar="DIR",
+        required=True,
+        help="folder of a checkpoint: config.json, *.safetensors, tokenizer.json",
+    )
+    add(
+        "--listen",
+        metavar="ADDR",
+        default=DEFAULT_LISTEN,
+        help="HOST:PORT or unix:PATH; port 0 takes a free one (%(default)s)",
+    )
+    add("--kv-manager", metavar="ADDR", default=DEFAULT_KV_MANAGER, help="where the KV manager listens (%(default)s)")
+    add(
+        "--backend",
+        choices=(*BACKENDS, "auto"),
+        default="auto",
+        help="what computes: mlx everywhere, native on Linux CPUs; auto takes native where it is built (%(default)s)",
+    )
+    add(
+        "--max-seqs",
+        metavar="N",
+        type=_positive_int,
+        default=DEFAULT_MAX_SEQS,
+        help="requests in a batch (%(default)s)",
+    )
+    add(
+        "--kv-capacity",
+        metavar="TOKENS",
+        type=_positive_int,
+        help=f"prompt plus output of one request, at most the model's maximum (that, or {DEFAULT_KV_CAPACITY} if smaller)",
+    )
+    add(
+        "--max-num-batched-tokens",
+        metavar="N",
+        type=_positive_int,
+        default=DEFAULT_MAX_NUM_BATCHED_TOKENS,
+        help="tokens in a step; longer prompts are computed in chunks (%(default)s)",
+    )
+    add("--kv-dtype", choices=KV_DTYPES, help="precision of K/V (the checkpoint's)")
+    add(
+        "--paged",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="lease K/V blocks from the manager; --no-paged keeps one contiguous cache a request and needs no manager",
+    )
+    add(
+        "--reserve",
+        choices=("grow", "full"),
+        default="grow",
+        help="lease blocks as a request grows, or all of --kv-capacity at once (%(default)s)",
+    )
+    add("--worker-id", metavar="NAME", help="this decoder's name at the manager (host name and listen address)")
+    add("--threads", metavar="N", type=_positive_int, help="threads that compute, where the backend lets one choose")
+    add(
+        "--grace",
+        metavar="SECONDS",
+        type=_seconds,
+        default=10.0,
+        help="how long running requests may go on after SIGTERM before they are cancelled (%(default)s)",
+    )
+    add("--log-level", choices=tuple(LOG_LEVELS), default="info", help="least severe log line to write (%(default)s)")
+    return parser
