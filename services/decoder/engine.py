@@ -2,38 +2,98 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
 
-from services.decoder.errors import ConfigError
-from services.decoder.leases import LeasePort
-from services.decoder.request import DecodeRequest, Emit
+import structlog
+
+from services.decoder.batch import Batch
+from services.decoder.engine_settings import EngineSettings
+from services.decoder.errors import (
+    DecoderError,
+    DuplicateRequestError,
+    EngineFailedError,
+    InvalidRequestError,
+    ManagerUnavailableError,
+    NeverFitsError,
+    ShuttingDownError,
+)
+from services.decoder.kv_view import KvView
+from services.decoder.leases import (
+    ClaimsWanted,
+    KvGeometry,
+    LeaseGranted,
+    LeaseMessage,
+    LeasePort,
+    LeaseRefused,
+    LeaseRevoked,
+    ManagerAway,
+    ManagerBack,
+    PoolReady,
+)
+from services.decoder.request import (
+    Admitted,
+    DecodeRequest,
+    Emit,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    Token,
+    TokenLogprobs,
+)
+from services.decoder.sampler import Sampled
+from services.decoder.scheduler import LeaseError, Scheduler
+from services.decoder.sequence import Chunk, Sequence, SequenceState, blocks_for
+from services.decoder.step_buffers import StepBuffers
+
+__all__ = ["Engine", "EngineSettings", "StepModel"]
+
+_log = structlog.get_logger()
+
+
+class StepModel(Protocol):
+    """What the engine needs of a loaded model. Built, and called, on the engine's thread only."""
+
+    @property
+    def kv_geometry(self) -> KvGeometry:
+        """What it stores for each token."""
+        ...
+
+    def begin(self, batch: Batch, kv: KvView) -> Any:
+        """Takes over a batch, whose arrays stay unchanged until `commit`; answers a step."""
+        ...
+
+    def forward(self, step: Any) -> Sampled:
+        """Computes and samples; only reads the pool."""
+        ...
+
+    def commit(self, step: Any) -> None:
+        """Writes the step's K/V rows into the pool."""
+        ...
 
 
 @dataclass(frozen=True)
-class EngineSettings:
-    """Limits of one engine; raises ConfigError when they contradict each other."""
+class _Submit:
+    request: DecodeRequest
 
-    max_seqs: int = 32  # sequences in a step
-    kv_capacity: int = 2048  # tokens of one request, prompt plus output; at most the model's maximum
-    max_num_batched_tokens: int = 512  # tokens in a step, decode and prefill together
-    reserve_full: bool = False  # lease ceil(kv_capacity / block_size) blocks up front, not on demand
-    growth_blocks: int = 2  # blocks asked for at once when a sequence grows
 
-    def __post_init__(self) -> None:
-        for flag, value in (
-            ("--max-seqs", self.max_seqs),
-            ("--kv-capacity", self.kv_capacity),
-            ("--max-num-batched-tokens", self.max_num_batched_tokens),
-        ):
-            if value < 1:
-                raise ConfigError(f"{flag}: {value} is not at least 1")
-        if self.max_num_batched_tokens < self.max_seqs:
-            raise ConfigError(
-                f"--max-num-batched-tokens: {self.max_num_batched_tokens} is less than --max-seqs {self.max_seqs}, "
-                "so that not every sequence could decode in each step; raise it or lower --max-seqs"
-            )
+@dataclass(frozen=True)
+class _Abort:
+    request_id: str
+
+
+@dataclass(frozen=True)
+class _Stop:
+    drain_s: float
+
+
+_Message = LeaseMessage | _Submit | _Abort | _Stop
 
 
 class Engine:
@@ -42,32 +102,256 @@ class Engine:
     Life cycle: `start` (blocking), `await leases.open()`, any number of `submit` and `abort`, `stop` (blocking), `await leases.close()`.
     """
 
-    def __init__(self, build_model: Callable[[], Any], leases: LeasePort, settings: EngineSettings, emit: Emit) -> None:
-        raise NotImplementedError
+    def __init__(
+        self, build_model: Callable[[], StepModel], leases: LeasePort, settings: EngineSettings, emit: Emit
+    ) -> None:
+        self._build_model = build_model
+        self._leases = leases
+        self._settings = settings
+        self._emit = emit
+        self._inbox: SimpleQueue[_Message] = SimpleQueue()
+        self._loaded: Future[StepModel] = Future()
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+        self._busy_since: float | None = None
+        # Guarded by the lock, because any thread submits: which requests run, and whether new ones are taken.
+        self._lock = threading.Lock()
+        self._request_ids: set[str] = set()
+        self._stopping = False
+        # The engine's thread only.
+        self._scheduler = Scheduler(settings, leases)
+        self._buffers = StepBuffers(settings.max_num_batched_tokens)
+        self._kv: KvView | None = None
+        self._away: str | None = "the decoder has not reached its KV manager yet"
+        self._sequences: dict[str, Sequence] = {}
+        self._num_arrived = 0
+        self._events: list[tuple[str, Event]] = []
+        self._drain_deadline: float | None = None
 
     def start(self) -> None:
         """Starts the thread and returns when the model is loaded on it; raises what build_model raised (CheckpointError)."""
-        raise NotImplementedError
+        self._thread.start()
+        self._loaded.result()
 
     def submit(self, request: DecodeRequest) -> None:
         """Hands a request over: Admitted, Tokens and one Finished or Failed follow through `emit`.
 
         request_id names one sample: samples of one client request need ids of their own. Raises DuplicateRequestError while a
-        request of that id runs, ShuttingDownError after `stop` was called, NeverFitsError beyond kv_capacity.
+        request of that id runs, ShuttingDownError after `stop` was called, InvalidRequestError for an empty prompt and
+        NeverFitsError beyond kv_capacity.
         """
-        raise NotImplementedError
+        if not request.prompt_token_ids:
+            raise InvalidRequestError("prompt", "it is empty; send at least one token")
+        num_tokens = len(request.prompt_token_ids) + request.max_tokens
+        if num_tokens > self._settings.kv_capacity:
+            raise NeverFitsError(
+                f"{len(request.prompt_token_ids)} prompt tokens plus max_tokens {request.max_tokens} exceed the "
+                f"{self._settings.kv_capacity} tokens of one request; shorten them or raise --kv-capacity"
+            )
+        with self._lock:
+            if self._stopping:
+                raise ShuttingDownError("the decoder is shutting down")
+            if request.request_id in self._request_ids:
+                raise DuplicateRequestError(
+                    f"request_id: a request {request.request_id!r} is running; choose another id"
+                )
+            self._request_ids.add(request.request_id)
+            self._inbox.put(_Submit(request))
 
     def abort(self, request_id: str) -> bool:
         """Cancels a request at the next step boundary (Finished with CANCELLED follows); False: no such request runs."""
-        raise NotImplementedError
+        with self._lock:
+            found = request_id in self._request_ids
+        if found:
+            self._inbox.put(_Abort(request_id))
+        return found
 
     def stop(self, drain_s: float) -> None:
         """Refuses new requests, lets running ones end for up to drain_s seconds, fails the rest with ShuttingDownError, ends the thread.
 
         Every lease is handed to the port for release before it returns.
         """
-        raise NotImplementedError
+        with self._lock:
+            self._stopping = True
+        self._inbox.put(_Stop(drain_s))
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def busy_ms(self) -> int | None:
         """How long the present step has lasted, in milliseconds; None when idle."""
-        raise NotImplementedError
+        since = self._busy_since
+        return None if since is None else int((time.monotonic() - since) * 1000)
+
+    def _main(self) -> None:
+        try:
+            model = self._build_model()
+            self._leases.bind(model.kv_geometry, self._inbox.put, self.busy_ms)
+        except BaseException as error:  # whatever it is, `start` raises it
+            self._loaded.set_exception(error)
+            return
+        self._loaded.set_result(model)
+        stepped = False
+        while True:
+            self._drain(block=not stepped)
+            if self._drain_deadline is not None and self._is_drained(self._drain_deadline):
+                break
+            stepped = self._turn(model)
+        self._flush()
+
+    def _turn(self, model: StepModel) -> bool:
+        """One step, if anything can run; says whether something did."""
+        chunks: list[Chunk] = []
+        try:
+            chunks = self._scheduler.plan()
+            if chunks:
+                self._busy_since = time.monotonic()
+                self._step(model, chunks)
+        except Exception as error:  # a step fails its own sequences only, and leaves no trace in the pool
+            _log.exception("step_failed", num_seqs=len(chunks))
+            failure = EngineFailedError(f"a step of the engine failed: {type(error).__name__}: {error}")
+            for chunk in chunks:
+                self._fail(chunk.sequence, failure)
+            if not chunks:
+                self._fail_all(failure)
+        finally:
+            self._busy_since = None
+            self._flush()
+        return bool(chunks)
+
+    def _step(self, model: StepModel, chunks: list[Chunk]) -> None:
+        if self._kv is None:
+            raise ValueError("a step was planned without a pool")
+        batch = self._buffers.fill(chunks, self._scheduler.block_size)
+        step = model.begin(batch, self._kv)
+        sampled = model.forward(step)
+        model.commit(step)
+        sampling = iter(range(len(batch.sample_rows)))
+        for chunk in chunks:
+            samples = chunk.reaches_end
+            chunk.sequence.num_computed += chunk.num_tokens
+            if samples:
+                self._take_token(chunk.sequence, sampled, next(sampling))
+
+    def _take_token(self, sequence: Sequence, sampled: Sampled, index: int) -> None:
+        token_id, logprob = int(sampled.token_ids[index]), sampled.logprobs[index]
+        logprobs = None
+        if sequence.request.num_logprobs is not None and logprob is not None:
+            logprobs = TokenLogprobs(token_id, logprob, sampled.top[index])
+        self._event(sequence, Token(sequence.num_outputs, token_id, logprobs))
+        sequence.append(token_id)
+        reason = sequence.finish_reason()
+        if reason is not None:
+            self._finish(sequence, reason)
+
+    def _drain(self, block: bool) -> None:
+        """Takes in everything that has arrived; with `block`, waits until something has, or the drain is over."""
+        if block:
+            timeout = None
+            if self._drain_deadline is not None:
+                timeout = max(0.0, self._drain_deadline - time.monotonic())
+            try:
+                self._handle(self._inbox.get(timeout=timeout))
+            except Empty:
+                return
+        while not self._inbox.empty():
+            self._handle(self._inbox.get_nowait())
+
+    def _handle(self, message: _Message) -> None:
+        try:
+            self._dispatch(message)
+        except Exception as error:  # not known to concern one sequence only, so that none can be trusted
+            _log.exception("engine_message_failed", message=type(message).__name__)
+            self._fail_all(EngineFailedError(f"the engine failed: {type(error).__name__}: {error}"))
+
+    def _dispatch(self, message: _Message) -> None:
+        match message:
+            case _Submit(request):
+                self._admit(request)
+            case _Abort(request_id):
+                sequence = self._sequences.get(request_id)
+                if sequence is not None:
+                    self._finish(sequence, FinishReason.CANCELLED)
+            case _Stop(drain_s):
+                self._drain_deadline = time.monotonic() + drain_s
+            case LeaseGranted() | LeaseRefused():
+                self._take_answer(message)
+            case LeaseRevoked(cache_id):
+                self._scheduler.preempt(cache_id)
+            case ClaimsWanted(answer):
+                answer(self._scheduler.held())
+            case ManagerAway(reason):
+                self._away = reason
+            case ManagerBack():
+                self._away = None
+            case PoolReady(kv, block_size):
+                self._away = None
+                self._kv = kv
+                self._buffers.pin(self._settings.max_seqs, blocks_for(self._settings.kv_capacity, block_size))
+                self._scheduler.set_pool(block_size)
+
+    def _admit(self, request: DecodeRequest) -> None:
+        sequence = Sequence(request, self._num_arrived)
+        self._num_arrived += 1
+        self._sequences[request.request_id] = sequence
+        reason = sequence.finish_reason()
+        if reason is not None:  # what was generated before already ends it
+            self._event(sequence, Admitted(0, request.age_ticket))
+            self._scheduler.add(sequence)
+            self._finish(sequence, reason)
+        elif self._away is not None:
+            self._scheduler.add(sequence)
+            self._fail(sequence, ManagerUnavailableError(self._away))
+        else:
+            self._scheduler.add(sequence)
+
+    def _take_answer(self, answer: LeaseGranted | LeaseRefused) -> None:
+        try:
+            if isinstance(answer, LeaseRefused):
+                self._scheduler.refused(answer)
+                return
+            granted = self._scheduler.granted(answer)
+        except LeaseError as error:
+            self._fail(error.sequence, error.error)
+            return
+        if granted is not None and granted[1]:
+            sequence = granted[0]
+            self._event(sequence, Admitted(sequence.num_computed, sequence.age_ticket))
+
+    def _is_drained(self, deadline: float) -> bool:
+        """Whether the thread may end; past the deadline the sequences that are left fail."""
+        if time.monotonic() >= deadline:
+            self._fail_all(ShuttingDownError("the decoder is shutting down"))
+        return not self._sequences
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        stop_token_id = sequence.token_ids[-1] if reason is FinishReason.STOP else None
+        cached = sequence.num_cached_tokens or 0
+        self._end(sequence, Finished(reason, sequence.num_outputs, cached, stop_token_id))
+
+    def _fail(self, sequence: Sequence, error: DecoderError) -> None:
+        if sequence.state is not SequenceState.ENDED:
+            self._end(sequence, Failed(error))
+
+    def _fail_all(self, error: DecoderError) -> None:
+        for sequence in list(self._sequences.values()):
+            self._fail(sequence, error)
+
+    def _end(self, sequence: Sequence, event: Finished | Failed) -> None:
+        self._scheduler.remove(sequence)
+        self._event(sequence, event)
+        del self._sequences[sequence.request.request_id]
+
+    def _event(self, sequence: Sequence, event: Event) -> None:
+        self._events.append((sequence.request.request_id, event))
+
+    def _flush(self) -> None:
+        events, self._events = self._events, []
+        if not events:
+            return
+        try:
+            self._emit(events)
+        except Exception:
+            _log.exception("emit_failed", num_events=len(events))
+        # Only now may an id be used again: its last event is out.
+        ended = {request_id for request_id, event in events if isinstance(event, (Finished, Failed))}
+        with self._lock:
+            self._request_ids -= ended

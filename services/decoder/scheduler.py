@@ -1,0 +1,165 @@
+"""Who runs in the next step, and the leases that go with it. Touched by the engine's thread only, between steps."""
+
+from __future__ import annotations
+
+from bisect import insort
+from itertools import count
+
+from services.decoder.engine_settings import EngineSettings
+from services.decoder.errors import DecoderError, EngineFailedError
+from services.decoder.leases import AcquireAsk, HeldLease, LeaseGranted, LeasePort, LeaseRefused
+from services.decoder.sequence import Chunk, Sequence, SequenceState, blocks_for
+
+
+class LeaseError(Exception):
+    """A sequence cannot go on for want of its lease."""
+
+    def __init__(self, sequence: Sequence, error: DecoderError) -> None:
+        super().__init__(str(error))
+        self.sequence = sequence
+        self.error = error
+
+
+class Scheduler:
+    """Gives seats to waiting sequences by priority and age, asks for their leases in time, and plans the steps.
+
+    A method that ends a sequence for want of blocks says so by raising the error that its request fails with.
+    """
+
+    def __init__(self, settings: EngineSettings, port: LeasePort) -> None:
+        self._settings = settings
+        self._port = port
+        self._cache_ids = count(1)
+        self._block_size: int | None = None
+        self._waiting: list[Sequence] = []  # sorted by order
+        self._seated: dict[int, Sequence] = {}  # by cache id, acquiring or running
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block; raises ValueError before there is a pool."""
+        if self._block_size is None:
+            raise ValueError("there is no pool yet")
+        return self._block_size
+
+    def set_pool(self, block_size: int) -> None:
+        """A pool is mapped for the first time, or anew: leases of before are void, and their sequences start over."""
+        seated = list(self._seated.values())
+        self._seated.clear()
+        for sequence in seated:
+            sequence.unseat()
+            self.add(sequence)
+        self._block_size = block_size
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence."""
+        insort(self._waiting, sequence, key=lambda waiting: waiting.order)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Ends a sequence and gives its lease back."""
+        self._give_up_seat(sequence)
+        sequence.state = SequenceState.ENDED
+
+    def preempt(self, cache_id: int) -> None:
+        """Gives a revoked lease back and queues its sequence again, with its age; a lease of before is ignored."""
+        sequence = self._seated.get(cache_id)
+        if sequence is None:
+            return
+        self._give_up_seat(sequence)
+        sequence.unseat()
+        self.add(sequence)
+
+    def granted(self, answer: LeaseGranted) -> tuple[Sequence, bool] | None:
+        """Takes a table in; the sequence and whether it is admitted by it for the first time, or None for a lease of before.
+
+        Raises LeaseError when the answer cannot be served.
+        """
+        sequence = self._seated.get(answer.cache_id)
+        if sequence is None:
+            return None
+        num_blocks, num_cached = len(answer.block_ids), answer.num_cached_tokens
+        if num_blocks < max(sequence.num_blocks_asked, len(sequence.block_ids)):
+            raise LeaseError(sequence, EngineFailedError(f"the lease has only {num_blocks} blocks"))
+        if sequence.state is SequenceState.RUNNING:
+            sequence.take_blocks(answer.block_ids)
+            return sequence, False
+        if num_cached >= len(sequence.token_ids) or num_cached % self.block_size:
+            raise LeaseError(sequence, EngineFailedError(f"the lease has {num_cached} cached tokens"))
+        sequence.take_blocks(answer.block_ids)
+        return sequence, sequence.start(num_cached, answer.age_ticket)
+
+    def refused(self, answer: LeaseRefused) -> None:
+        """Takes a refusal in; raises LeaseError when the sequence cannot go on without those blocks."""
+        sequence = self._seated.get(answer.cache_id)
+        if sequence is None:
+            return
+        asked, sequence.num_blocks_asked = sequence.num_blocks_asked, 0
+        if sequence.state is SequenceState.RUNNING:
+            # A refused prefetch harms nobody: the least that is needed is asked for when it is needed.
+            sequence.growth_refused = True
+            if self._room(sequence) > 0 or asked > len(sequence.block_ids) + 1:
+                return
+        else:
+            del self._seated[answer.cache_id]  # nothing was leased, so nothing is to be released
+        raise LeaseError(sequence, answer.error)
+
+    def held(self) -> list[HeldLease]:
+        """Every lease that is held now."""
+        return [seq.held_lease() for seq in self._seated.values() if seq.state is SequenceState.RUNNING]
+
+    def plan(self) -> list[Chunk]:
+        """The chunks of the next step: decodes first, then prefills by priority and age. Asks for the leases of what comes after."""
+        if self._block_size is None:
+            return []
+        self._seat_waiting()
+        running = [seq for seq in self._seated.values() if seq.state is SequenceState.RUNNING]
+        running.sort(key=lambda sequence: sequence.order)
+        decodes = [seq for seq in running if seq.num_remaining == 1]
+        prefills = [seq for seq in running if seq.num_remaining > 1]
+        budget = self._settings.max_num_batched_tokens
+        chunks: list[Chunk] = []
+        for sequence in (*decodes, *prefills):
+            # Without room it waits this step out, and the others go on.
+            num_tokens = min(sequence.num_remaining, budget, self._room(sequence))
+            self._grow(sequence, num_tokens)
+            if num_tokens > 0:
+                chunks.append(Chunk(sequence, num_tokens))
+                budget -= num_tokens
+        return chunks
+
+    def _room(self, sequence: Sequence) -> int:
+        return len(sequence.block_ids) * self.block_size - sequence.num_computed
+
+    def _seat_waiting(self) -> None:
+        while self._waiting and len(self._seated) < self._settings.max_seqs:
+            sequence = self._waiting.pop(0)
+            num_blocks = blocks_for(len(sequence.token_ids) + 1, self.block_size)
+            if self._settings.reserve_full:
+                num_blocks = blocks_for(self._settings.kv_capacity, self.block_size)
+            sequence.take_seat(next(self._cache_ids), num_blocks)
+            self._seated[sequence.cache_id] = sequence
+            request = sequence.request
+            self._port.acquire(
+                AcquireAsk(sequence.cache_id, num_blocks, request.priority, request.tenant, sequence.age_ticket)
+            )
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> None:
+        """Asks for more blocks when, after this step, less than one is spare."""
+        room = self._room(sequence) - num_tokens
+        held = len(sequence.block_ids)
+        most = blocks_for(sequence.num_prompt + sequence.request.max_tokens, self.block_size)
+        if sequence.num_blocks_asked or room >= self.block_size or held >= most:
+            return
+        if sequence.growth_refused:
+            if self._room(sequence) > 0:
+                return
+            target = held + 1
+        else:
+            target = min(held + self._settings.growth_blocks, most)
+        sequence.num_blocks_asked = target
+        self._port.extend(sequence.cache_id, target)
+
+    def _give_up_seat(self, sequence: Sequence) -> None:
+        if sequence.state is SequenceState.WAITING:
+            self._waiting.remove(sequence)
+        elif self._seated.pop(sequence.cache_id, None) is not None:
+            self._port.release(sequence.cache_id)
