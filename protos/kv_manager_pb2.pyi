@@ -212,6 +212,7 @@ class RegisterWorkerRequest(_message.Message):
     KERNEL_BOOT_ID_FIELD_NUMBER: _builtins.int
     MAPPED_POOL_ID_FIELD_NUMBER: _builtins.int
     CLAIMS_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """1 to 64 characters of [A-Za-z0-9._-]"""
     boot_id: _builtins.bytes
@@ -233,6 +234,10 @@ class RegisterWorkerRequest(_message.Message):
     """Re-claiming, after a manager restart or a revoked session: the pool_id read through the worker's own mapping (empty at
     first), and every lease it still holds. What it does not list is freed.
     """
+    attempt: _builtins.int
+    """Grows with every RegisterWorker of this boot_id, retries included, from 1: a late copy of an earlier one is refused with
+    ABORTED (reason STALE_REGISTRATION), so that it cannot free what a later one claimed.
+    """
     @_builtins.property
     def geometry(self) -> Global___Geometry: ...
     @_builtins.property
@@ -252,10 +257,11 @@ class RegisterWorkerRequest(_message.Message):
         kernel_boot_id: _builtins.str = ...,
         mapped_pool_id: _builtins.bytes = ...,
         claims: _abc.Iterable[Global___Claim] | None = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["geometry", b"geometry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["boot_id", b"boot_id", "claims", b"claims", "geometry", b"geometry", "kernel_boot_id", b"kernel_boot_id", "kv_capacity_tokens", b"kv_capacity_tokens", "lock_device", b"lock_device", "lock_inode", b"lock_inode", "mapped_pool_id", b"mapped_pool_id", "max_seqs", b"max_seqs", "pid", b"pid", "process_start_time_ticks", b"process_start_time_ticks", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "boot_id", b"boot_id", "claims", b"claims", "geometry", b"geometry", "kernel_boot_id", b"kernel_boot_id", "kv_capacity_tokens", b"kv_capacity_tokens", "lock_device", b"lock_device", "lock_inode", b"lock_inode", "mapped_pool_id", b"mapped_pool_id", "max_seqs", b"max_seqs", "pid", b"pid", "process_start_time_ticks", b"process_start_time_ticks", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -307,6 +313,7 @@ class RegisterWorkerResponse(_message.Message):
     HANG_LIMIT_MS_FIELD_NUMBER: _builtins.int
     POOL_FIELD_NUMBER: _builtins.int
     CLAIMS_ACCEPTED_FIELD_NUMBER: _builtins.int
+    LOST_CACHE_IDS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """of this session; grows with every registration and every manager restart"""
     ttl_ms: _builtins.int
@@ -319,6 +326,10 @@ class RegisterWorkerResponse(_message.Message):
     """False: the worker's mapping is of another pool. It must map pool.kv_path anew, and none of its claims holds."""
     @_builtins.property
     def pool(self) -> Global___PoolInfo: ...
+    @_builtins.property
+    def lost_cache_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Claims that do not hold although the others do: a block of theirs is not this worker's. It must drop these tables unread."""
+
     def __init__(
         self,
         *,
@@ -328,10 +339,11 @@ class RegisterWorkerResponse(_message.Message):
         hang_limit_ms: _builtins.int = ...,
         pool: Global___PoolInfo | None = ...,
         claims_accepted: _builtins.bool = ...,
+        lost_cache_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["claims_accepted", b"claims_accepted", "epoch", b"epoch", "hang_limit_ms", b"hang_limit_ms", "keepalive_interval_ms", b"keepalive_interval_ms", "pool", b"pool", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claims_accepted", b"claims_accepted", "epoch", b"epoch", "hang_limit_ms", b"hang_limit_ms", "keepalive_interval_ms", b"keepalive_interval_ms", "lost_cache_ids", b"lost_cache_ids", "pool", b"pool", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,142 @@
+"""The manager's settings: command-line flags only, checked before anything is opened."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.logs import LOG_LEVELS
+from services.serving import check_address
+
+DEFAULT_LISTEN = "127.0.0.1:50050"
+MAX_NUM_BLOCKS = 1 << 28  # the headers alone are 32 GiB then
+MAX_BLOCK_SIZE = 256
+
+_SIZE = re.compile(r"^(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]?)(?P<binary>i?)B?$", re.IGNORECASE)
+_UNIT_POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that the manager is told; sizes in bytes, times in seconds."""
+
+    pool_dir: Path
+    listen: str = DEFAULT_LISTEN
+    num_blocks: int | None = None
+    pool_bytes: int | None = None
+    block_size: int = 16
+    ttl_s: float = 10.0
+    hang_limit_s: float = 120.0
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the flag when a value cannot be served."""
+        check_address("--listen", self.listen)
+        if not str(self.pool_dir).strip():
+            raise ValueError("--pool-dir: is empty; name a directory on tmpfs (fast) or on disk (survives a reboot)")
+        if self.num_blocks is not None and self.pool_bytes is not None:
+            raise ValueError("--num-blocks and --pool-bytes exclude each other: give the size once")
+        if self.num_blocks is not None and not 1 <= self.num_blocks <= MAX_NUM_BLOCKS:
+            raise ValueError(f"--num-blocks: {self.num_blocks} is not within 1 to {MAX_NUM_BLOCKS}")
+        if self.pool_bytes is not None and self.pool_bytes < 1:
+            raise ValueError(f"--pool-bytes: {self.pool_bytes} is not a positive number of bytes")
+        if not 1 <= self.block_size <= MAX_BLOCK_SIZE or self.block_size & (self.block_size - 1):
+            raise ValueError(f"--block-size: {self.block_size} is not a power of two within 1 to {MAX_BLOCK_SIZE}")
+        if not 0.1 <= self.ttl_s <= 3600:
+            raise ValueError(f"--ttl: {self.ttl_s:g} s is not within 0.1 to 3600")
+        if not self.ttl_s <= self.hang_limit_s <= 86400:
+            raise ValueError(
+                f"--hang-limit: {self.hang_limit_s:g} s is not within --ttl ({self.ttl_s:g}) to 86400; it must be"
+                " longer than the decoders' longest step"
+            )
+        if self.log_level not in LOG_LEVELS:
+            raise ValueError(f"--log-level: {self.log_level!r} is not one of {', '.join(LOG_LEVELS)}")
+
+    @property
+    def keepalive_interval_s(self) -> float:
+        """How often workers should send a keepalive: five may be lost before a session is revoked."""
+        return self.ttl_s / 5
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 4096, 512MiB or 2GB; raises ValueError for anything else."""
+    match = _SIZE.match(text.strip())
+    if match is None or (match["binary"] and not match["unit"]):
+        raise ValueError(f"{text!r} is not a size; write bytes, or a number with KiB, MiB, GiB, TiB, KB, MB, GB or TB")
+    base = 1024 if match["binary"] else 1000
+    return int(float(match["number"]) * base ** _UNIT_POWER[match["unit"].upper()])
+
+
+def _size_argument(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,  # a script that says --pool must not change its meaning with the next flag
+        prog="python -m services.kv_manager",
+        description="Owns one pool of KV-cache blocks on this host and leases its blocks to decoders.",
+        epilog=(
+            "The pool is made when the first decoder registers, because only then its geometry is known. Its size comes"
+            " from --num-blocks, from --pool-bytes, or else from that decoder's --max-seqs x ceil(kv_capacity /"
+            " block_size). One manager serves one pool directory; for another model, use another directory."
+        ),
+    )
+    add = parser.add_argument
+    add("--listen", default=DEFAULT_LISTEN, metavar="ADDR", help="HOST:PORT or unix:PATH (default %(default)s)")
+    add(
+        "--pool-dir",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="where the pool files and the workers' lock files lie: tmpfs for speed, a disk to survive a reboot",
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--num-blocks", type=int, metavar="N", help="size of the pool in blocks")
+    size.add_argument(
+        "--pool-bytes", type=_size_argument, metavar="SIZE", help="size of the pool in bytes, such as 512MiB or 2GiB"
+    )
+    add("--block-size", type=int, default=16, metavar="TOKENS", help="tokens a block, a power of two (default 16)")
+    add(
+        "--ttl",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="seconds after which a silent decoder is revoked: its blocks are set aside, never reused while it may"
+        " live (default %(default)g)",
+    )
+    add(
+        "--hang-limit",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="seconds after which a decoder stuck in one step is revoked; longer than the longest step"
+        " (default %(default)g)",
+    )
+    add("--log-level", choices=sorted(LOG_LEVELS), default="info", help="what to log on stderr (default info)")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Config:
+    """The settings of a command line; prints usage and exits with status 2 when a flag is wrong."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return Config(
+            pool_dir=args.pool_dir,
+            listen=args.listen,
+            num_blocks=args.num_blocks,
+            pool_bytes=args.pool_bytes,
+            block_size=args.block_size,
+            ttl_s=args.ttl,
+            hang_limit_s=args.hang_limit,
+            log_level=args.log_level,
+        )
+    except ValueError as error:
+        parser.error(str(error))

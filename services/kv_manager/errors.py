@@ -1,0 +1,154 @@
+"""What can go wrong in the manager, as types; one table at the end says how each looks at the edge.
+
+Domain code raises these and knows nothing of gRPC. `message` tells a person what happened and what to do; `metadata`
+tells a program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import grpc
+from google.rpc import status_pb2
+
+from protos import rich_status
+
+
+class ManagerError(Exception):
+    """Root of the tree; carries what a rich status needs."""
+
+    # The request's field that is wrong, or the subject whose quota is used up; None where the error has none.
+    field: str | None = None
+    quota_subject: str | None = None
+    retry_delay_s: float | None = None
+
+    def __init__(self, message: str, metadata: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.metadata: dict[str, str] = dict(metadata or {})
+
+
+class InternalError(ManagerError):
+    """A bug: something that this code does not foresee was raised."""
+
+
+class StartError(ManagerError):
+    """The service cannot start: a flag, the pool directory or its files are not usable."""
+
+
+class PoolFileError(StartError):
+    """A pool's files are damaged, of another format version, or of another geometry than asked for."""
+
+
+class PoolLockedError(StartError):
+    """Another manager holds this pool directory."""
+
+
+class InvalidRequestError(ManagerError):
+    """A request that no state of the manager could answer."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}", {"field": field})
+        self.field = field
+
+
+class StaleEpochError(ManagerError):
+    """The epoch is not that of the worker's session: the worker must register."""
+
+
+class StaleCallError(ManagerError):
+    """A late copy of a call that has ended for its worker already."""
+
+
+class StaleRegistrationError(ManagerError):
+    """A late copy of a registration, of this process or of a predecessor."""
+
+
+class SessionRevokedError(ManagerError):
+    """The session was silent or hung for too long; the worker must release or re-claim what it holds."""
+
+
+class PoolMismatchError(ManagerError):
+    """The worker's geometry is not the pool's."""
+
+
+class PoolSizeError(ManagerError):
+    """The pool cannot be made: the size that the flags give holds no block, or too many."""
+
+
+class LockProofError(ManagerError):
+    """The worker's lock file does not prove what a registration needs it to prove."""
+
+
+class TooManyWorkersError(ManagerError):
+    """All worker slots are taken."""
+
+
+class CacheIdReusedError(ManagerError):
+    """An Acquire of a cache id that was released in this session."""
+
+
+class UnackedCallsError(ManagerError):
+    """The worker's acknowledged sequence number does not advance, so tombstones pile up."""
+
+
+class UnknownLeaseError(ManagerError):
+    """No lease of this cache id in the session."""
+
+
+class NeverFitsError(ManagerError):
+    """More blocks than the pool, or the worker's capacity, will ever have."""
+
+
+class PoolExhaustedError(ManagerError):
+    """Too few free blocks now."""
+
+    retry_delay_s = 1.0
+
+    def __init__(self, message: str, metadata: Mapping[str, str], pool_id: str) -> None:
+        super().__init__(message, metadata)
+        self.quota_subject = f"pool:{pool_id}"
+
+
+class StorageFullError(ManagerError):
+    """The file system of the pool directory has no room for the pool's files."""
+
+    retry_delay_s = 5.0
+
+    def __init__(self, message: str, metadata: Mapping[str, str], path: str) -> None:
+        super().__init__(message, metadata)
+        self.quota_subject = f"filesystem:{path}"
+
+
+_EDGE: dict[type[ManagerError], tuple[grpc.StatusCode, str]] = {
+    InvalidRequestError: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    StaleEpochError: (grpc.StatusCode.ABORTED, "STALE_EPOCH"),
+    StaleCallError: (grpc.StatusCode.ABORTED, "STALE_CALL"),
+    StaleRegistrationError: (grpc.StatusCode.ABORTED, "STALE_REGISTRATION"),
+    SessionRevokedError: (grpc.StatusCode.ABORTED, "SESSION_REVOKED"),
+    PoolMismatchError: (grpc.StatusCode.FAILED_PRECONDITION, "POOL_MISMATCH"),
+    PoolSizeError: (grpc.StatusCode.FAILED_PRECONDITION, "POOL_SIZE"),
+    LockProofError: (grpc.StatusCode.FAILED_PRECONDITION, "LOCK_PROOF"),
+    TooManyWorkersError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_WORKERS"),
+    CacheIdReusedError: (grpc.StatusCode.FAILED_PRECONDITION, "CACHE_ID_RELEASED"),
+    UnackedCallsError: (grpc.StatusCode.FAILED_PRECONDITION, "ACKED_SEQ_STUCK"),
+    UnknownLeaseError: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_LEASE"),
+    NeverFitsError: (grpc.StatusCode.OUT_OF_RANGE, "NEVER_FITS"),
+    PoolExhaustedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "POOL_EXHAUSTED"),
+    StorageFullError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORAGE_FULL"),
+    PoolFileError: (grpc.StatusCode.FAILED_PRECONDITION, "POOL_FILE"),
+}
+
+
+def to_status(error: ManagerError) -> status_pb2.Status:
+    """The rich status of a domain error; INTERNAL for a type that the table does not name."""
+    code, reason = _EDGE.get(type(error), (grpc.StatusCode.INTERNAL, "INTERNAL"))
+    return rich_status.make_status(
+        code,
+        error.message,
+        reason=reason,
+        metadata=error.metadata,
+        field=error.field,
+        quota_subject=error.quota_subject,
+        retry_delay_s=error.retry_delay_s,
+    )

@@ -1,0 +1,310 @@
+"""Opens, re-opens and ends sessions: everything that depends on the proof that a worker lives or is dead."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import structlog
+
+from services.kv_manager import locks
+from services.kv_manager.block_pool import BlockPool
+from services.kv_manager.config import MAX_NUM_BLOCKS, Config
+from services.kv_manager.errors import (
+    InvalidRequestError,
+    LockProofError,
+    PoolFileError,
+    PoolSizeError,
+    StaleRegistrationError,
+    TooManyWorkersError,
+)
+from services.kv_manager.geometry import Geometry
+from services.kv_manager.locks import LockProbe
+from services.kv_manager.meta_format import NUM_SLOTS, WorkerRecord
+from services.kv_manager.pool_file import PoolFiles, create_pool, find_pool
+from services.kv_manager.recovery import Recovered
+from services.kv_manager.sessions import ABSENT, LIVE, REVOKED, Clock, Lease, Session
+
+_log = structlog.get_logger("kv_manager.registrar")
+_MAX_RETIRED = 4096
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A lease that a worker says it still holds."""
+
+    cache_id: int
+    blocks: list[int]
+    priority: int
+    tenant: str
+    age_ticket: int
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A RegisterWorker request, its form checked. `worker` has epoch 0 still."""
+
+    worker: WorkerRecord
+    geometry: Geometry
+    mapped_pool_id: bytes
+    claims: Sequence[Claim]
+
+
+@dataclass(frozen=True)
+class Registered:
+    """The answer to a registration."""
+
+    session: Session
+    claims_accepted: bool
+    lost_cache_ids: list[int]
+
+
+class Registrar:
+    """The pool and the sessions on it. Single-threaded, like all of the manager's state."""
+
+    def __init__(self, config: Config, pool_dir: Path, clock: Clock) -> None:
+        """Recovers what lies in pool_dir, which the caller has locked; raises PoolFileError when that cannot serve."""
+        self.config = config
+        self.pool_dir = pool_dir
+        self.clock = clock
+        self.sessions: dict[str, Session] = {}
+        self.pool: BlockPool | None = None
+        self.manager_epoch = 1
+        self._kernel_boot_id = locks.kernel_boot_id()
+        # Boot ids that were replaced or died: a registration of theirs can only be a late copy.
+        self._retired: OrderedDict[tuple[str, bytes], None] = OrderedDict()
+        files, removed = find_pool(pool_dir)
+        if removed:
+            _log.warning("removed files of pools that were not whole", pool_dir=str(pool_dir), files=removed)
+        if files is not None:
+            self._require_flags_fit(files)
+            self._recover(files)
+
+    def _require_flags_fit(self, files: PoolFiles) -> None:
+        config, path = self.config, files.meta.path
+        hint = "use another --pool-dir, or stop the decoders and delete the pool's .meta and .kv"
+        if files.block_size != config.block_size:
+            raise PoolFileError(
+                f"--block-size: {config.block_size}, but {path} has blocks of {files.block_size} tokens; {hint}"
+            )
+        stride = files.data.header.shape.stride_bytes
+        if config.num_blocks is not None and config.num_blocks != files.num_blocks:
+            raise PoolFileError(f"--num-blocks: {config.num_blocks}, but {path} has {files.num_blocks} blocks; {hint}")
+        if config.pool_bytes is not None and config.pool_bytes // stride != files.num_blocks:
+            raise PoolFileError(
+                f"--pool-bytes: {config.pool_bytes} bytes are {config.pool_bytes // stride} blocks, but {path} has"
+                f" {files.num_blocks}; {hint}"
+            )
+
+    def _recover(self, files: PoolFiles) -> None:
+        rebooted = self._is_other_boot(files.meta.kernel_boot_id)
+        recovered = Recovered(files)
+        self.pool = recovered.pool
+        for slot, worker in recovered.workers.items():
+            held = recovered.held.get(slot, [])
+            record = worker or _unknown_worker(slot)
+            probe = self._find_lock(record) if worker else None
+            is_dead = rebooted if worker is None else self._is_other_boot(worker.kernel_boot_id)
+            session = Session(record, slot, probe, ABSENT, self.clock(), pinned=held)
+            self.sessions[record.worker_id] = session
+            self.pool.set_revoked(slot, True, held)
+            if is_dead or (probe is not None and not probe.is_held()):
+                self.end(session, "dead since before the start")
+        # Last: a start cut short before here sees the reboot again.
+        self.manager_epoch = files.meta.advance_epoch(self._kernel_boot_id)
+        counts = {state.name.lower(): count for state, count in recovered.pool.counts().items()}
+        _log.info("recovered", pool=files.pool_id.hex(), damaged_headers=recovered.num_damaged, **counts)
+
+    def _is_other_boot(self, boot_id: str) -> bool:
+        return bool(boot_id and self._kernel_boot_id and boot_id != self._kernel_boot_id)
+
+    def _find_lock(self, worker: WorkerRecord) -> LockProbe | None:
+        """The worker's lock as it was when it registered; None when the file is missing or is another: unknown."""
+        try:
+            probe = LockProbe(self.pool_dir, worker.worker_id)
+        except LockProofError:
+            return None
+        if probe.identity != (worker.lock_device, worker.lock_inode):
+            probe.close()
+            return None
+        return probe
+
+    def register(self, request: Registration) -> Registered:
+        """Opens a session, or re-opens the worker's own with what it claims; raises and changes nothing on any doubt."""
+        worker = request.worker
+        if self.pool is not None:
+            self.pool.files.geometry.require_same(request.geometry)
+        old = self.sessions.get(worker.worker_id)
+        self._require_fresh(worker, old)
+        probe = self._open_held_lock(worker)
+        try:
+            is_same_life = self._require_successor(worker, old)
+            pool = self.pool or self._create_pool(request)
+            claims_accepted = request.mapped_pool_id == pool.files.pool_id
+            claims = request.claims if claims_accepted else ()
+            _check_claims(claims, pool.num_blocks)
+            slot = old.slot if old is not None else self._free_slot()
+        except BaseException:
+            probe.close()
+            raise
+        self.pool = pool
+        if old is not None and not is_same_life:
+            self.end(old, "replaced by a new process")
+        if not self._kernel_boot_id or worker.kernel_boot_id != self._kernel_boot_id:
+            worker = replace(worker, kernel_boot_id="")  # another kernel's reboots prove nothing here
+        worker = replace(worker, epoch=pool.files.meta.advance_epoch(self._kernel_boot_id))
+        session = Session(worker, slot, probe, LIVE, self.clock())
+        lost = self._reclaim(session, old if is_same_life else None, claims)
+        _log.info("registered", worker=worker.worker_id, epoch=worker.epoch, leases=len(session.leases), lost=lost)
+        return Registered(session, claims_accepted, lost)
+
+    def _require_fresh(self, worker: WorkerRecord, old: Session | None) -> None:
+        is_repeat = old is not None and old.worker.boot_id == worker.boot_id
+        if (worker.worker_id, worker.boot_id) in self._retired:
+            raise StaleRegistrationError(f"worker {worker.worker_id}: this boot_id belongs to a process that is dead")
+        if is_repeat and old is not None and worker.attempt <= old.worker.attempt and old.worker.attempt:
+            raise StaleRegistrationError(
+                f"attempt {worker.attempt} is not above {old.worker.attempt}: a late copy of an earlier registration",
+                {"attempt": str(worker.attempt), "last_attempt": str(old.worker.attempt)},
+            )
+
+    def _open_held_lock(self, worker: WorkerRecord) -> LockProbe:
+        probe = LockProbe(self.pool_dir, worker.worker_id)
+        stated = (worker.lock_device, worker.lock_inode)
+        problem = None
+        if probe.identity != stated:
+            problem = (
+                f"is device and inode {probe.identity}, and the worker states {stated}: the file was replaced, or the worker"
+                " sees another directory; restart the worker, with the manager's --pool-dir mounted"
+            )
+        elif not probe.is_held():
+            problem = "is not locked: the worker must hold an exclusive flock on it for its whole life"
+        if problem is None:
+            return probe
+        probe.close()
+        raise LockProofError(f"the lock file {probe.path} {problem}", {"lock_path": str(probe.path)})
+
+    def _require_successor(self, worker: WorkerRecord, old: Session | None) -> bool:
+        """Whether this is the old session's own process; raises when it may be a second one beside it."""
+        if old is None:
+            return False
+        is_same_lock = (old.worker.lock_device, old.worker.lock_inode) == (worker.lock_device, worker.lock_inode)
+        if old.worker.boot_id == worker.boot_id and is_same_lock:
+            return True
+        is_dead = is_same_lock or (old.probe is not None and not old.probe.is_held())
+        if is_dead and old.worker.boot_id != worker.boot_id:
+            return False
+        raise LockProofError(
+            f"worker {worker.worker_id} registered before with another lock file (inode {old.worker.lock_inode}, now"
+            f" {worker.lock_inode}), and that process (pid {old.worker.pid}) is not proved dead: it may still write its"
+            " blocks. Lock files must never be deleted. End that process if it runs, or start this one with another"
+            " --worker-id; the blocks come back with proof, at the latest when the host reboots",
+            {"stored_inode": str(old.worker.lock_inode), "stated_inode": str(worker.lock_inode)},
+        )
+
+    def _create_pool(self, request: Registration) -> BlockPool:
+        config, worker = self.config, request.worker
+        stride = request.geometry.shape(config.block_size).stride_bytes
+        if config.num_blocks is not None:
+            num_blocks = config.num_blocks
+        elif config.pool_bytes is not None:
+            num_blocks = config.pool_bytes // stride
+        else:
+            num_blocks = worker.max_seqs * -(-worker.kv_capacity_tokens // config.block_size)
+        if not 1 <= num_blocks <= MAX_NUM_BLOCKS:
+            raise PoolSizeError(
+                f"the pool would have {num_blocks} blocks of {stride} bytes, not 1 to {MAX_NUM_BLOCKS}: change the"
+                f" manager's --num-blocks or --pool-bytes (now {config.num_blocks or config.pool_bytes or 'not given'})"
+            )
+        files = create_pool(self.pool_dir, request.geometry, config.block_size, num_blocks)
+        # Issued now, so that the first session's epoch differs from the manager's own.
+        self.manager_epoch = files.meta.advance_epoch(self._kernel_boot_id)
+        _log.info("pool created", pool=files.pool_id.hex(), num_blocks=num_blocks, block_bytes=stride)
+        return BlockPool(files)
+
+    def _free_slot(self) -> int:
+        used = {session.slot for session in self.sessions.values()}
+        for slot in range(NUM_SLOTS):
+            if slot not in used:
+                return slot
+        raise TooManyWorkersError(
+            f"all {NUM_SLOTS} worker slots are taken; stop workers, or use a second manager",
+            {"num_slots": str(NUM_SLOTS)},
+        )
+
+    def _reclaim(self, session: Session, old: Session | None, claims: Sequence[Claim]) -> list[int]:
+        """Makes the session the worker's, with the claims that hold; frees the rest of the old one. Answers the lost."""
+        pool, slot = self._require_pool(), session.slot
+        before = old.references() if old is not None else []
+        lost: list[int] = []
+        unsealed: set[int] = set()
+        for claim in claims:
+            mine = [block for block in claim.blocks if not pool.is_shared(block)]
+            if not unsealed.isdisjoint(mine) or not all(pool.is_held_by(block, slot) for block in claim.blocks):
+                lost.append(claim.cache_id)
+                continue
+            unsealed.update(mine)
+            session.leases[claim.cache_id] = Lease(
+                claim.cache_id, list(claim.blocks), claim.priority, claim.tenant, claim.age_ticket
+            )
+        after = session.references()
+        if old is not None and old.probe is not None:
+            old.probe.close()
+        pool.files.meta.write_slot(slot, session.worker)
+        pool.open_slot(slot, session.epoch)
+        pool.set_revoked(slot, False, before)
+        for block in (Counter(after) - Counter(before)).elements():
+            pool.share(slot, block)
+        pool.drop(slot, list((Counter(before) - Counter(after)).elements()))
+        self.sessions[session.worker.worker_id] = session
+        return lost
+
+    def revoke(self, session: Session, why: str) -> None:
+        """Sets a session's blocks aside; none of them is freed."""
+        session.state = REVOKED
+        self._require_pool().set_revoked(session.slot, True, session.references())
+        _log.warning("revoked", worker=session.worker.worker_id, epoch=session.epoch, why=why)
+
+    def restore(self, session: Session) -> None:
+        """A revoked session that holds nothing any more and speaks again is live."""
+        session.state = LIVE
+        self._require_pool().set_revoked(session.slot, False, session.references())
+
+    def end(self, session: Session, why: str) -> None:
+        """Frees everything of a session whose process is proved dead."""
+        pool = self._require_pool()
+        references = session.references()
+        num_freed = pool.drop(session.slot, references)
+        pool.set_revoked(session.slot, False, ())
+        pool.files.meta.clear_slot(session.slot)
+        if session.probe is not None:
+            session.probe.close()
+        worker = session.worker
+        self.sessions.pop(worker.worker_id, None)
+        self._retired[worker.worker_id, worker.boot_id] = None
+        if len(self._retired) > _MAX_RETIRED:
+            self._retired.popitem(last=False)
+        _log.info("session ended", worker=worker.worker_id, epoch=worker.epoch, why=why, freed_blocks=num_freed)
+
+    def _require_pool(self) -> BlockPool:
+        assert self.pool is not None, "there are no sessions without a pool"
+        return self.pool
+
+
+def _unknown_worker(slot: int) -> WorkerRecord:
+    return WorkerRecord(f"?slot {slot}", b"", 0, 0, 0, 0, "", 0, 0, 0, 0)
+
+
+def _check_claims(claims: Sequence[Claim], num_blocks: int) -> None:
+    cache_ids: set[int] = set()
+    for index, claim in enumerate(claims):
+        field = f"claims[{index}]"
+        if claim.cache_id in cache_ids:
+            raise InvalidRequestError(f"{field}.cache_id", f"{claim.cache_id} is claimed twice")
+        cache_ids.add(claim.cache_id)
+        if not claim.blocks:
+            raise InvalidRequestError(f"{field}.block_ids", "is empty; a lease has at least one block")
+        if len(set(claim.blocks)) != len(claim.blocks) or max(claim.blocks) >= num_blocks:
+            raise InvalidRequestError(f"{field}.block_ids", f"has a block twice, or one not below {num_blocks}")

@@ -1,0 +1,98 @@
+"""One manager process: locks the pool directory, serves, ticks, and stops cleanly."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from types import TracebackType
+
+import grpc
+import structlog
+from grpc_health.v1.health import aio as health_aio
+
+from protos import kv_manager_pb2_grpc as pb_grpc
+from services import serving
+from services.kv_manager.config import Config
+from services.kv_manager.lessor import Lessor
+from services.kv_manager.locks import ManagerLock, prepare_pool_dir
+from services.kv_manager.servicer import KVManagerServicer
+from services.kv_manager.sessions import Clock
+
+SERVICE_NAME = "leasehold.v1.KVManager"
+_GRACE_S = 2.0
+
+_log = structlog.get_logger("kv_manager")
+
+
+class Service:
+    """A manager that serves while the `async with` block runs; `address` is where."""
+
+    def __init__(self, config: Config, clock: Clock = time.monotonic) -> None:
+        """Locks and recovers the pool directory; raises StartError when it cannot serve."""
+        pool_dir = prepare_pool_dir(config.pool_dir)
+        self._lock = ManagerLock(pool_dir)
+        try:
+            self.lessor = Lessor(config, pool_dir, clock)
+        except BaseException:
+            self._lock.close()
+            raise
+        self._config = config
+        self._server = grpc.aio.server(options=serving.SERVER_OPTIONS)
+        self._health: health_aio.HealthServicer | None = None
+        self._wake = asyncio.Event()
+        self._ticker: asyncio.Task[None] | None = None
+        self.address = ""
+
+    async def __aenter__(self) -> Service:
+        """Starts serving; raises services.serving.AddressError when the address is taken."""
+        try:
+            servicer = KVManagerServicer(self.lessor, self._wake.set)
+            pb_grpc.add_KVManagerServicer_to_server(servicer, self._server)
+            self._health = await serving.add_health_and_reflection(self._server, [SERVICE_NAME])
+            # Last: gRPC accepts connections from here on.
+            self.address = serving.bind(self._server, "--listen", self._config.listen)
+            await self._server.start()
+        except BaseException:
+            self._close()
+            raise
+        self._ticker = asyncio.create_task(self._tick_forever())
+        _log.info("serving", address=self.address, pool_dir=str(self.lessor.pool_dir))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Stops taking calls, lets those under way end, and closes the files; leases stay as they are in them."""
+        if self._health is not None:
+            await self._health.enter_graceful_shutdown()
+        await self._server.stop(_GRACE_S)
+        if self._ticker is not None:
+            self._ticker.cancel()
+            await asyncio.gather(self._ticker, return_exceptions=True)
+        self._close()
+        _log.info("stopped")
+
+    def _close(self) -> None:
+        self.lessor.close()
+        self._lock.close()
+
+    async def _tick_forever(self) -> None:
+        while True:
+            try:
+                self.lessor.tick()
+            except Exception:
+                _log.exception("tick failed")
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(self.lessor.tick_interval_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+
+
+async def serve(config: Config) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    stop = serving.stop_event_on_signals()
+    async with Service(config):
+        await stop.wait()
+        _log.info("stopping")

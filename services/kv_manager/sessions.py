@@ -1,0 +1,104 @@
+"""Sessions of workers and the leases in them, as plain records: lessor.py and registrar.py change them."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from services.kv_manager.errors import StaleCallError, UnackedCallsError
+from services.kv_manager.locks import LockProbe
+from services.kv_manager.meta_format import WorkerRecord
+
+# Monotonic seconds. Injected, so that tests own the time.
+Clock = Callable[[], float]
+
+LIVE = "live"
+REVOKED = "revoked"
+ABSENT = "absent"
+
+# A worker that never acknowledges would make the manager remember every lease it ever released.
+MAX_TOMBSTONES = 1 << 16
+
+
+@dataclass(slots=True)
+class Lease:
+    """One block table: metadata only, for all layers at once."""
+
+    cache_id: int
+    blocks: list[int]
+    priority: int
+    tenant: str
+    age_ticket: int
+    num_cached_tokens: int = 0
+    revoked: bool = False
+
+
+@dataclass(slots=True)
+class Session:
+    """One registration of a worker. `pinned` are blocks of a worker that has not come back since a restart."""
+
+    worker: WorkerRecord
+    slot: int
+    probe: LockProbe | None
+    state: str
+    last_seen: float
+    leases: dict[int, Lease] = field(default_factory=dict)
+    pinned: list[int] = field(default_factory=list)
+    busy_ms: int | None = None
+    # Until then the lock is probed often: the worker's stream has ended, and sockets close before locks do.
+    probe_until: float = float("-inf")
+    acked_seq: int = 0
+    _tombstones: dict[int, int] = field(default_factory=dict)
+    _tombstone_heap: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the worker's calls must state."""
+        return self.worker.epoch
+
+    def references(self) -> list[int]:
+        """Every reference of the session: one entry for each place in each table."""
+        blocks = list(self.pinned)
+        for lease in self.leases.values():
+            blocks += lease.blocks
+        return blocks
+
+    def admit(self, seq: int, acked_seq: int) -> None:
+        """Notes what the worker acknowledges; raises StaleCallError for a late copy of a call that has ended.
+
+        A tombstone goes when acked_seq has passed its Release: every call that could revive the lease is refused now.
+        """
+        if seq <= self.acked_seq:
+            raise StaleCallError(
+                f"seq {seq} is not above the acknowledged {self.acked_seq}: a late copy of a call that has ended",
+                {"seq": str(seq), "acked_seq": str(self.acked_seq)},
+            )
+        if len(self._tombstones) >= MAX_TOMBSTONES and acked_seq <= self.acked_seq:
+            raise UnackedCallsError(
+                f"{len(self._tombstones)} leases were released since acked_seq last advanced (it is {self.acked_seq});"
+                " the worker must acknowledge the calls that have ended",
+                {"acked_seq": str(self.acked_seq)},
+            )
+        if acked_seq > self.acked_seq:
+            self.acked_seq = acked_seq
+            heap = self._tombstone_heap
+            while heap and heap[0][0] <= acked_seq:
+                seq_of_release, cache_id = heapq.heappop(heap)
+                if self._tombstones.get(cache_id) == seq_of_release:
+                    del self._tombstones[cache_id]
+
+    def bury(self, cache_id: int, seq: int) -> None:
+        """Leaves a tombstone: an Acquire of this cache id that arrives late leases nothing."""
+        if cache_id not in self._tombstones:
+            self._tombstones[cache_id] = seq
+            heapq.heappush(self._tombstone_heap, (seq, cache_id))
+
+    def is_buried(self, cache_id: int) -> bool:
+        """Whether the cache id was released in this session."""
+        return cache_id in self._tombstones
+
+    @property
+    def num_tombstones(self) -> int:
+        """Released leases that are still remembered."""
+        return len(self._tombstones)
