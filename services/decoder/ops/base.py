@@ -26,9 +26,20 @@ IntArray = npt.NDArray[np.int32]
 class Tensor(Protocol):
     """One tensor of a checkpoint, memory-mapped and not yet read."""
 
-    name: str
-    dtype: str  # safetensors' names: "F32", "F16", "BF16", "U32"
-    shape: tuple[int, ...]
+    @property
+    def name(self) -> str:
+        """As in the checkpoint."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """safetensors' name: "F32", "F16", "BF16" or "U32"."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+        ...
 
     def numpy(self) -> npt.NDArray[Any]:
         """A read-only view of the mapped bytes, without a copy; BF16 comes as uint16."""
