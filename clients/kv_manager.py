@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -69,7 +69,9 @@ class KvManagerClient:
         """Blocks by state, and counters."""
         return await self._call(self._stub.Stats(pb.StatsRequest(), timeout=self._deadline_s))
 
-    async def keep_alive(self, requests: AsyncIterator[pb.KeepAliveRequest]) -> AsyncIterator[pb.KeepAliveResponse]:
+    async def keep_alive(
+        self, requests: AsyncIterator[pb.KeepAliveRequest]
+    ) -> AsyncGenerator[pb.KeepAliveResponse, None]:
         """Sends what `requests` yields and yields the replies until either side ends; the caller bounds the silence."""
         call = self._stub.KeepAlive(requests)
         try:

@@ -52,18 +52,13 @@ from services.decoder.scheduler import LeaseError, Scheduler
 from services.decoder.sequence import Chunk, Sequence, SequenceState, blocks_for
 from services.decoder.step_buffers import StepBuffers
 
-__all__ = ["Engine", "EngineSettings", "StepModel"]
+__all__ = ["Engine", "EngineSettings", "LoadedModel", "StepModel"]
 
 _log = structlog.get_logger()
 
 
 class StepModel(Protocol):
     """What the engine needs of a loaded model. Built, and called, on the engine's thread only."""
-
-    @property
-    def kv_geometry(self) -> KvGeometry:
-        """What it stores for each token."""
-        ...
 
     def begin(self, batch: Batch, kv: KvView) -> Any:
         """Takes over a batch, whose arrays stay unchanged until `commit`; answers a step."""
@@ -76,6 +71,15 @@ class StepModel(Protocol):
     def commit(self, step: Any) -> None:
         """Writes the step's K/V rows into the pool."""
         ...
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, and what its K/V is."""
+
+    model: StepModel
+    kv_geometry: KvGeometry
+    numerics_id: str  # of its backend
 
 
 @dataclass(frozen=True)
@@ -103,14 +107,14 @@ class Engine:
     """
 
     def __init__(
-        self, build_model: Callable[[], StepModel], leases: LeasePort, settings: EngineSettings, emit: Emit
+        self, build_model: Callable[[], LoadedModel], leases: LeasePort, settings: EngineSettings, emit: Emit
     ) -> None:
         self._build_model = build_model
         self._leases = leases
         self._settings = settings
         self._emit = emit
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
-        self._loaded: Future[StepModel] = Future()
+        self._loaded: Future[LoadedModel] = Future()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._busy_since: float | None = None
         # Guarded by the lock, because any thread submits: which requests run, and whether new ones are taken.
@@ -183,18 +187,18 @@ class Engine:
 
     def _main(self) -> None:
         try:
-            model = self._build_model()
-            self._leases.bind(model.kv_geometry, self._inbox.put, self.busy_ms)
+            loaded = self._build_model()
+            self._leases.bind(loaded.kv_geometry, self._inbox.put, self.busy_ms)
         except BaseException as error:  # whatever it is, `start` raises it
             self._loaded.set_exception(error)
             return
-        self._loaded.set_result(model)
+        self._loaded.set_result(loaded)
         stepped = False
         while True:
             self._drain(block=not stepped)
             if self._drain_deadline is not None and self._is_drained(self._drain_deadline):
                 break
-            stepped = self._turn(model)
+            stepped = self._turn(loaded.model)
         self._flush()
 
     def _turn(self, model: StepModel) -> bool:

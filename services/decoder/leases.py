@@ -48,7 +48,7 @@ class HeldLease:
 
 @dataclass(frozen=True)
 class PoolReady:
-    """The K/V is mapped and leases can be asked for. Any lease of before is void, and is not to be released."""
+    """The K/V is mapped and leases can be asked for. Any lease of before is void."""
 
     kv: KvView
     block_size: int

@@ -43,11 +43,9 @@ class Scheduler:
 
     def set_pool(self, block_size: int) -> None:
         """A pool is mapped for the first time, or anew: leases of before are void, and their sequences start over."""
-        seated = list(self._seated.values())
-        self._seated.clear()
-        for sequence in seated:
-            sequence.unseat()
-            self.add(sequence)
+        # An Acquire that is still open would lease blocks of the new pool for nobody, so everything is released.
+        for cache_id in list(self._seated):
+            self.preempt(cache_id)
         self._block_size = block_size
 
     def add(self, sequence: Sequence) -> None:
