@@ -1,0 +1,139 @@
+"""One sample's responses, from the engine's events: `started`, deltas, `finished`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from protos import decoder_pb2
+from services.decoder.errors import DecoderError
+from services.decoder.request import Admitted, Event, Failed, Finished, FinishReason, Token, TokenLogprobs
+from services.decoder.request_parser import ParsedRequest
+from services.decoder.text_stream import TextStream
+from services.decoder.tokenizer import Tokenizer
+
+_REASONS = {
+    FinishReason.STOP: decoder_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: decoder_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: decoder_pb2.FINISH_REASON_CANCELLED,
+}
+
+
+class SampleStream:
+    """Turns events into responses, and ends the sample at a stop string, which the engine knows nothing of."""
+
+    def __init__(self, parsed: ParsedRequest, tokenizer: Tokenizer, numerics_id: str) -> None:
+        """Raises InvalidRequestError when the text delivered before a resumption is not that of its tokens."""
+        self._parsed = parsed
+        self._request = parsed.decode
+        self._numerics_id = numerics_id
+        self._text = TextStream(tokenizer, parsed.stop_strings)
+        outputs = self._request.output_token_ids
+        self.num_output_tokens = len(outputs)
+        self._num_cached_tokens = 0
+        with_text = outputs[:-1] if outputs and outputs[-1] in self._request.stop_token_ids else outputs
+        self._undelivered = self._text.resume(with_text, parsed.delivered_text, "resume.samples[0].delivered_text")
+        self.finish_reason: FinishReason | None = None  # set when `finished` is out
+        self.error: DecoderError | None = None  # set when the sample failed instead
+
+    @property
+    def stopped_by_text(self) -> bool:
+        """Whether the text holds a stop string: the engine has nothing more to do."""
+        return self._text.stop_string is not None
+
+    @property
+    def ended(self) -> bool:
+        """Whether no event matters any more."""
+        return self.finish_reason is not None or self.error is not None
+
+    def take(self, events: Sequence[Event]) -> Iterator[decoder_pb2.GenerateResponse]:
+        """The responses that some events amount to; tokens that came together share a delta."""
+        delta: decoder_pb2.Delta | None = None
+        for event in events:
+            if self.ended:
+                break
+            if isinstance(event, Token):
+                delta = self._add(event, delta)
+                if self.stopped_by_text:
+                    yield from self._end(delta, FinishReason.STOP)
+                    delta = None
+            elif isinstance(event, Admitted):
+                yield from self.start(event)
+            elif isinstance(event, Finished):
+                self._num_cached_tokens = event.num_cached_tokens
+                yield from self._end(delta, event.reason, event.stop_token_id)
+                delta = None
+            else:
+                self._fail(event)
+        if delta is not None:
+            yield decoder_pb2.GenerateResponse(delta=delta)
+
+    def start(self, admitted: Admitted) -> Iterator[decoder_pb2.GenerateResponse]:
+        """`started`, and what a resuming client lacks of the text; `finished` too when that already ends the sample."""
+        self._num_cached_tokens = admitted.num_cached_tokens
+        yield decoder_pb2.GenerateResponse(
+            started=decoder_pb2.Started(
+                request_id=self._request.request_id,
+                prompt_token_ids=self._request.prompt_token_ids,
+                seed=self._request.sampling.seed,
+                max_tokens=self._request.max_tokens,
+                numerics_id=self._numerics_id,
+                age_ticket=admitted.age_ticket or 0,
+                num_cached_tokens=min(admitted.num_cached_tokens, len(self._request.prompt_token_ids)),
+                exact_resume=self._parsed.exact_resume,
+            )
+        )
+        delta = self._new_delta() if self._undelivered else None
+        if delta is not None:
+            delta.text, self._undelivered = self._undelivered, ""
+        if self.stopped_by_text:
+            yield from self._end(delta, FinishReason.STOP)
+        elif delta is not None:
+            yield decoder_pb2.GenerateResponse(delta=delta)
+
+    def _new_delta(self) -> decoder_pb2.Delta:
+        return decoder_pb2.Delta(sample_index=self._request.sample_index, position=self.num_output_tokens)
+
+    def _add(self, token: Token, delta: decoder_pb2.Delta | None) -> decoder_pb2.Delta:
+        delta = self._new_delta() if delta is None else delta
+        delta.token_ids.append(token.token_id)
+        if token.logprobs is not None:
+            delta.logprobs.append(_logprobs(token.logprobs))
+        self.num_output_tokens += 1
+        # A stop token ends the text, and is no part of it.
+        if token.token_id not in self._request.stop_token_ids:
+            delta.text += self._text.push(token.token_id)
+        return delta
+
+    def _end(
+        self, delta: decoder_pb2.Delta | None, reason: FinishReason, stop_token_id: int | None = None
+    ) -> Iterator[decoder_pb2.GenerateResponse]:
+        rest = self._text.finish()
+        if self.stopped_by_text:
+            reason, stop_token_id = FinishReason.STOP, None
+        if rest:
+            delta = self._new_delta() if delta is None else delta
+            delta.text += rest
+        if delta is not None:
+            yield decoder_pb2.GenerateResponse(delta=delta)
+        self.finish_reason = reason
+        yield decoder_pb2.GenerateResponse(
+            finished=decoder_pb2.Finished(
+                sample_index=self._request.sample_index,
+                reason=_REASONS[reason],
+                num_prompt_tokens=len(self._request.prompt_token_ids),
+                num_output_tokens=self.num_output_tokens,
+                num_cached_tokens=self._num_cached_tokens,
+                stop_string=self._text.stop_string or "",
+                stop_token_id=stop_token_id,
+            )
+        )
+
+    def _fail(self, failed: Failed) -> None:
+        self.error = failed.error
+
+
+def _logprobs(logprobs: TokenLogprobs) -> decoder_pb2.Logprobs:
+    return decoder_pb2.Logprobs(
+        sampled=decoder_pb2.TokenLogprob(token_id=logprobs.token_id, logprob=logprobs.logprob),
+        top=[decoder_pb2.TokenLogprob(token_id=token_id, logprob=value) for token_id, value in logprobs.top],
+    )

@@ -1,0 +1,128 @@
+"""The Decoder service: translates between gRPC and the engine, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import NoReturn, Protocol
+
+import grpc
+import structlog
+from grpc_status import rpc_status
+
+from protos import decoder_pb2, decoder_pb2_grpc
+from services.decoder.errors import DecoderError, to_status
+from services.decoder.event_router import EventRouter, next_events
+from services.decoder.request import Admitted, DecodeRequest
+from services.decoder.request_parser import TENANT_METADATA_KEY, ParsedRequest, RequestParser
+from services.decoder.sample_stream import SampleStream
+from services.decoder.tokenizer import Tokenizer
+
+_log = structlog.get_logger(__name__)
+
+_Context = grpc.aio.ServicerContext[decoder_pb2.GenerateRequest, decoder_pb2.GenerateResponse]
+_TokenizeContext = grpc.aio.ServicerContext[decoder_pb2.TokenizeRequest, decoder_pb2.TokenizeResponse]
+
+
+class EngineLike(Protocol):
+    """What the servicer needs of the engine."""
+
+    def submit(self, request: DecodeRequest) -> None: ...
+    def abort(self, request_id: str) -> bool: ...
+
+
+class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
+    """Serves one engine, whose `emit` is the router's."""
+
+    def __init__(
+        self,
+        engine: EngineLike,
+        router: EventRouter,
+        parser: RequestParser,
+        tokenizer: Tokenizer,
+        info: decoder_pb2.GetModelInfoResponse,
+    ) -> None:
+        self._engine = engine
+        self._router = router
+        self._parser = parser
+        self._tokenizer = tokenizer
+        self._info = info
+
+    # A coroutine that writes, not a generator: when the client goes away the cancellation is raised in here, wherever it waits.
+    async def Generate(self, request: decoder_pb2.GenerateRequest, context: _Context) -> None:  # type: ignore[override]
+        """Streams one request; whatever ends it, the engine ends it too."""
+        try:
+            # Long texts take long to tokenize, and other streams must not wait for that.
+            parsed = await asyncio.to_thread(self._parser.parse, request, _tenant(context))
+            await self._stream(parsed, context)
+        except DecoderError as error:
+            _log.info("request failed", request_id=request.request_id, reason=error.reason, error=str(error))
+            await _abort_call(context, error)
+
+    async def Tokenize(
+        self, request: decoder_pb2.TokenizeRequest, context: _TokenizeContext
+    ) -> decoder_pb2.TokenizeResponse:
+        """The prompt's token ids, as Generate would take them."""
+        try:
+            ids = await asyncio.to_thread(self._parser.tokenize, request)
+        except DecoderError as error:
+            await _abort_call(context, error)
+        return decoder_pb2.TokenizeResponse(ids=ids)
+
+    async def GetModelInfo(
+        self, request: decoder_pb2.GetModelInfoRequest, context: object
+    ) -> decoder_pb2.GetModelInfoResponse:
+        """What was found out when the decoder started."""
+        return self._info
+
+    async def Abort(self, request: decoder_pb2.AbortRequest, context: object) -> decoder_pb2.AbortResponse:
+        """Its stream ends with FINISH_REASON_CANCELLED."""
+        return decoder_pb2.AbortResponse(found=self._engine.abort(request.request_id))
+
+    async def _stream(self, parsed: ParsedRequest, context: _Context) -> None:
+        request = parsed.decode
+        sample = SampleStream(parsed, self._tokenizer, self._info.numerics_id)
+        if sample.stopped_by_text:  # it broke off between its last token and `finished`
+            for response in sample.start(Admitted(0, request.age_ticket)):
+                await context.write(response)
+            return
+        events = self._router.open(request.request_id)
+        try:
+            self._engine.submit(request)
+        except BaseException:
+            self._router.forget(request.request_id)
+            raise
+        try:
+            while not sample.ended:
+                for response in sample.take(await next_events(events)):
+                    await context.write(response)
+        finally:
+            # The client is gone, its deadline is over, or a stop string ended the text.
+            if self._router.stop_listening(request.request_id):
+                self._engine.abort(request.request_id)
+            _log.info(
+                "request ended",
+                request_id=request.request_id,
+                reason=_how_it_ended(sample),
+                num_prompt_tokens=len(request.prompt_token_ids),
+                num_output_tokens=sample.num_output_tokens,
+            )
+        if sample.error is not None:
+            raise sample.error
+
+
+def _how_it_ended(sample: SampleStream) -> str:
+    if sample.finish_reason is not None:
+        return sample.finish_reason.value
+    return "disconnected" if sample.error is None else "failed"
+
+
+async def _abort_call(context: _Context | _TokenizeContext, error: DecoderError) -> NoReturn:
+    await context.abort_with_status(rpc_status.to_status(to_status(error)))
+    raise AssertionError("unreachable: abort_with_status raises")
+
+
+def _tenant(context: _Context) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == TENANT_METADATA_KEY:
+            return value if isinstance(value, str) else value.decode("utf-8", "replace")
+    return ""
