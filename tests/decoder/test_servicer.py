@@ -64,7 +64,7 @@ def tokens(ids: Sequence[int], first: int = 0) -> list[Event]:
 async def until(condition: Callable[[], bool]) -> None:
     """Waits for a condition, up to TIMEOUT_S."""
     async with asyncio.timeout(TIMEOUT_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - the state of another component
             await asyncio.sleep(0.005)
 
 
