@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+import os
+from pathlib import Path
 from typing import Any, Protocol
 
+import grpc
 import numpy as np
 import numpy.typing as npt
 
-from protos.pool_format import BlockShape
+from protos.pool_format import DATA_OFFSET_BYTES, PAGE_BYTES, BlockShape, DataHeader
+from protos.rich_status import make_status
+from services.decoder.errors import PoolExhaustedError
+
+# bf16 has no NumPy type; its bits travel as uint16.
+NUMPY_TYPES: dict[str, np.dtype[Any]] = {
+    "bf16": np.dtype(np.uint16),
+    "f16": np.dtype(np.float16),
+    "f32": np.dtype(np.float32),
+}
 
 
 class KvView(Protocol):
@@ -23,10 +37,162 @@ class KvView(Protocol):
         """A writable view of one block, without a copy; bf16 comes as uint16."""
         ...
 
-    def gather(self, block_ids: npt.NDArray[np.int32], layer: int) -> npt.NDArray[Any]:
-        """A copy [num_ids, 2, num_kv_heads, block_size, head_dim] of one layer of some blocks."""
+    def gather(self, block_ids: npt.NDArray[np.int32], layer: int, num_tokens: int | None = None) -> npt.NDArray[Any]:
+        """A copy [num_ids, 2, num_kv_heads, n, head_dim] of one layer of some blocks, n = min(block_size, num_tokens)."""
         ...
 
     def addresses(self, block_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
         """The memory address of each block, same shape as block_ids, for native kernels."""
         ...
+
+
+class PagedKv:
+    """The manager's data file, mapped shared and writable. Raises OSError or ValueError when it is not what is expected."""
+
+    def __init__(self, kv_path: Path, kv_dtype: str) -> None:
+        dtype = _numpy_type(kv_dtype)
+        self._path = kv_path
+        self._file = os.open(kv_path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            header = DataHeader.unpack(os.pread(self._file, PAGE_BYTES, 0))
+            if header.shape.element_bytes != dtype.itemsize:
+                raise ValueError(
+                    f"{kv_path}: elements have {header.shape.element_bytes} bytes, but {kv_dtype} has {dtype.itemsize}"
+                )
+            self._file_bytes = header.file_bytes
+            self._check_whole()
+            self._map = mmap.mmap(self._file, header.file_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        except BaseException:
+            os.close(self._file)
+            raise
+        self.kv_dtype = kv_dtype
+        self.shape = header.shape
+        self.num_blocks = header.num_blocks
+        dims = _block_dims(header.shape)
+        strides = (header.shape.stride_bytes, *_contiguous_strides(dims, dtype.itemsize))
+        # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
+        self._blocks: npt.NDArray[Any] = np.ndarray(
+            (header.num_blocks, *dims), dtype, buffer=self._map, offset=DATA_OFFSET_BYTES, strides=strides
+        )
+
+    @property
+    def pool_id(self) -> bytes:
+        """As the header in the mapping says now; raises OSError when the file is not whole any more."""
+        self._check_whole()  # reading past the end of a file that was cut would be a SIGBUS
+        return DataHeader.unpack(self._map[:PAGE_BYTES]).pool_id
+
+    def block(self, block_id: int) -> npt.NDArray[Any]:
+        """See `KvView.block`."""
+        _check_ids(np.asarray(block_id), self.num_blocks)
+        view: npt.NDArray[Any] = self._blocks[block_id]
+        return view
+
+    def gather(self, block_ids: npt.NDArray[np.int32], layer: int, num_tokens: int | None = None) -> npt.NDArray[Any]:
+        """See `KvView.gather`."""
+        _check_ids(block_ids, self.num_blocks)
+        copy: npt.NDArray[Any] = self._blocks[:, layer, :, :, :num_tokens][block_ids]
+        return copy
+
+    def addresses(self, block_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
+        """See `KvView.addresses`."""
+        _check_ids(block_ids, self.num_blocks)
+        base = np.uint64(self._blocks.ctypes.data)
+        return base + block_ids.astype(np.uint64) * np.uint64(self.shape.stride_bytes)
+
+    def close(self) -> None:
+        """Unmaps the file, once the last view of a block is gone, and closes it."""
+        self._blocks = np.empty((0, *_block_dims(self.shape)), self._blocks.dtype)
+        self.num_blocks = 0
+        os.close(self._file)
+        with contextlib.suppress(BufferError):  # a view of a block is still alive somewhere: the mapping goes with it
+            self._map.close()
+
+    def _check_whole(self) -> None:
+        size = os.fstat(self._file).st_size
+        if size < self._file_bytes:
+            raise OSError(f"{self._path}: has {size} of {self._file_bytes} bytes; the file was cut")
+
+
+class ContiguousKv:
+    """One cache for each running request, exactly kv_capacity tokens long: a block each. Allocated when first taken.
+
+    A cache that is given back is the first to be taken again.
+    """
+
+    def __init__(
+        self, *, num_layers: int, num_kv_heads: int, head_dim: int, kv_dtype: str, kv_capacity: int, max_seqs: int
+    ) -> None:
+        self._dtype = _numpy_type(kv_dtype)
+        self.kv_dtype = kv_dtype
+        self.shape = BlockShape(num_layers, num_kv_heads, kv_capacity, head_dim, self._dtype.itemsize)
+        self._max_seqs = max_seqs
+        self._caches: list[npt.NDArray[Any]] = []
+        self._free: list[int] = []
+
+    @property
+    def num_allocated(self) -> int:
+        """Caches that exist, taken or free."""
+        return len(self._caches)
+
+    @property
+    def num_free(self) -> int:
+        """Caches that can be taken."""
+        return self._max_seqs - len(self._caches) + len(self._free)
+
+    def take(self) -> int:
+        """The id of a cache for one request; raises PoolExhaustedError when max_seqs are taken."""
+        if self._free:
+            return self._free.pop()
+        if len(self._caches) == self._max_seqs:
+            message = (
+                f"all {self._max_seqs} contiguous caches are taken; raise --max-seqs, or send fewer requests at once"
+            )
+            raise PoolExhaustedError(make_status(grpc.StatusCode.RESOURCE_EXHAUSTED, message, reason="POOL_EXHAUSTED"))
+        self._caches.append(np.zeros(_block_dims(self.shape), self._dtype))
+        return len(self._caches) - 1
+
+    def give_back(self, block_id: int) -> None:
+        """Frees a cache that was taken; its bytes stay until the next request overwrites them."""
+        if not 0 <= block_id < len(self._caches) or block_id in self._free:
+            raise ValueError(f"contiguous cache {block_id} is not taken")
+        self._free.append(block_id)
+
+    def block(self, block_id: int) -> npt.NDArray[Any]:
+        """See `KvView.block`."""
+        _check_ids(np.asarray(block_id), len(self._caches))
+        return self._caches[block_id]
+
+    def gather(self, block_ids: npt.NDArray[np.int32], layer: int, num_tokens: int | None = None) -> npt.NDArray[Any]:
+        """See `KvView.gather`."""
+        _check_ids(block_ids, len(self._caches))
+        return np.stack([self._caches[block_id][layer, :, :, :num_tokens] for block_id in block_ids])
+
+    def addresses(self, block_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
+        """See `KvView.addresses`."""
+        _check_ids(block_ids, len(self._caches))
+        table = np.array([cache.ctypes.data for cache in self._caches], np.uint64)
+        found: npt.NDArray[np.uint64] = table[block_ids]
+        return found
+
+
+def _numpy_type(kv_dtype: str) -> np.dtype[Any]:
+    if kv_dtype not in NUMPY_TYPES:
+        raise ValueError(f"kv dtype {kv_dtype!r} is not one of {', '.join(NUMPY_TYPES)}")
+    return NUMPY_TYPES[kv_dtype]
+
+
+def _block_dims(shape: BlockShape) -> tuple[int, int, int, int, int]:
+    return shape.num_layers, 2, shape.num_kv_heads, shape.block_size, shape.head_dim
+
+
+def _contiguous_strides(dims: tuple[int, ...], element_bytes: int) -> tuple[int, ...]:
+    strides = [element_bytes]
+    for size in reversed(dims[1:]):
+        strides.insert(0, strides[0] * size)
+    return tuple(strides)
+
+
+def _check_ids(block_ids: npt.NDArray[Any], num_blocks: int) -> None:
+    """NumPy would take a negative id from the end, and a kernel any id at all."""
+    if block_ids.size and not 0 <= int(block_ids.min()) <= int(block_ids.max()) < num_blocks:
+        raise IndexError(f"block ids {block_ids.tolist()} are not all within {num_blocks} blocks")
