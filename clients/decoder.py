@@ -63,7 +63,7 @@ class _Outage:
             self._began = None
 
     def failed(self, error: CallError) -> float:
-        """Seconds to wait before the next attempt; raises DecoderUnavailable when the limit would pass meanwhile."""
+        """Seconds to wait before the next attempt, the last of which is at the limit; raises DecoderUnavailable then."""
         now = self._waiting.clock()
         if self._began is None:
             self._began = now
@@ -74,15 +74,16 @@ class _Outage:
         delay_s = self._waiting.uniform(0, limit_s)
         if self._num_targets == 1 and error.details.retry_delay_s is not None:
             delay_s = max(delay_s, error.details.retry_delay_s)
-        if outage_s + delay_s >= self._retry_for_s:
+        if outage_s >= self._retry_for_s:
             raise DecoderUnavailable(error.details, self._num_failed, outage_s) from error
-        return delay_s
+        return min(delay_s, self._retry_for_s - outage_s)
 
 
 class DecoderClient:
     """One channel for each of several equal decoders; the targets take new requests in turn.
 
-    Unary calls end after `call_timeout_s` seconds. Use as an async context manager, or call `close`.
+    Unary calls end after `call_timeout_s` seconds; `on_unary_retry` is told why one is tried again (streams tell it as
+    an event). Use as an async context manager, or call `close`.
     """
 
     def __init__(
@@ -91,12 +92,14 @@ class DecoderClient:
         *,
         call_timeout_s: float = DEFAULT_CALL_TIMEOUT_S,
         waiting: Waiting | None = None,
+        on_unary_retry: Callable[[StreamBroken], None] | None = None,
     ) -> None:
         self.targets: tuple[str, ...] = (targets,) if isinstance(targets, str) else tuple(targets)
         if not self.targets:
             raise ValueError("targets: at least one address is needed")
         self._call_timeout_s = call_timeout_s
         self._waiting = waiting or Waiting()
+        self._on_unary_retry = on_unary_retry
         self._channels = [open_channel(target) for target in self.targets]
         self._stubs = [pb_grpc.DecoderStub(channel) for channel in self._channels]
         self._turn = itertools.count()
@@ -198,7 +201,10 @@ class DecoderClient:
                 error = call_error(rpc_error, self.targets[index])
                 if error.code is not grpc.StatusCode.UNAVAILABLE:
                     raise error from rpc_error
-            await self._waiting.sleep(outage.failed(error))
+            delay_s = outage.failed(error)
+            if self._on_unary_retry is not None:
+                self._on_unary_retry(StreamBroken(error, delay_s, self.targets[(index + 1) % len(self.targets)]))
+            await self._waiting.sleep(delay_s)
         raise AssertionError("unreachable: count() is endless")
 
     def _left_s(self, deadline: float | None, target: str) -> float | None:

@@ -78,6 +78,7 @@ class FakeDecoder(pb_grpc.DecoderServicer):
         self.requests: list[pb.GenerateRequest] = []
         self.aborted: list[str] = []
         self.cancelled = asyncio.Event()
+        self.hanging = asyncio.Event()
         self.refusal: tuple[grpc.StatusCode, str, str] | None = None  # code, reason, field
         self.num_refusals: int | None = None  # how often to refuse; None: always
         self.hangs_after: int | None = None  # events, then silence
@@ -128,6 +129,7 @@ class FakeDecoder(pb_grpc.DecoderServicer):
                 if number == cut:
                     await context.abort(grpc.StatusCode.UNAVAILABLE, "cut by the script")
                 if number == self.hangs_after:
+                    self.hanging.set()
                     await asyncio.get_running_loop().create_future()
                 yield event
             if cut is not None:

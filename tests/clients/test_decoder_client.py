@@ -152,9 +152,9 @@ async def test_an_unreachable_decoder_is_retried_until_the_limit() -> None:
     async with DecoderClient(f"127.0.0.1:{free_port()}", waiting=time.waiting()) as client:
         with pytest.raises(DecoderUnavailable) as caught:
             await collect(client.generate(REQUEST, retry_for_s=10.0))
-    assert 8.0 <= time.now < 10.0
+    assert time.now == pytest.approx(10.0)
     assert caught.value.num_attempts == len(time.waits) + 1
-    assert time.waits == sorted(time.waits)
+    assert time.waits[:-1] == sorted(time.waits[:-1])
 
 
 async def test_no_retry_when_retry_for_is_zero() -> None:
@@ -181,7 +181,7 @@ async def test_a_decoder_that_only_starts_is_no_progress(serve_decoder: Serve) -
     async with DecoderClient(await serve_decoder(decoder), waiting=time.waiting()) as client:
         with pytest.raises(DecoderUnavailable):
             await collect(client.generate(REQUEST, retry_for_s=10.0))
-    assert time.now < 10.0
+    assert time.now == pytest.approx(10.0)
 
 
 async def test_a_single_decoder_is_given_the_time_it_asks_for(serve_decoder: Serve) -> None:

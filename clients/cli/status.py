@@ -1,0 +1,101 @@
+"""`leasehold status`: the pool, its sessions and its leases."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from clients.cli.messages import describe, say
+from clients.cli.terminal import table
+from clients.errors import ClientError
+from clients.kv_manager import KvManagerClient
+from protos import kv_manager_pb2 as pb
+
+_COUNTS = ("num_blocks", "free", "leased", "sealed", "cached", "quarantined", "num_leases", "num_sessions")
+_MAX_SHOWN_BLOCKS = 8
+
+
+async def run(args: argparse.Namespace) -> int:
+    """Prints what the manager says and returns the exit code."""
+    try:
+        async with KvManagerClient(args.kv_manager) as client:
+            stats = await client.stats()
+            listing = await client.list_leases()
+            pool = await client.describe_pool()
+    except ClientError as error:
+        say(describe(error, service="KV manager", flag="--kv-manager"))
+        return 1
+    if args.json:
+        print(json.dumps(to_object(stats, listing, pool)))
+    else:
+        print(to_text(stats, listing, pool))
+    return 0
+
+
+def to_object(
+    stats: pb.StatsResponse, listing: pb.ListLeasesResponse, pool: pb.DescribePoolResponse
+) -> dict[str, object]:
+    """The object that `--json` prints."""
+    result: dict[str, object] = {name: getattr(stats, name) for name in _COUNTS}
+    result["block_size"] = pool.block_size
+    result["pool_dir"] = pool.pool_dir
+    result["leases"] = [
+        {
+            "worker_id": lease.worker_id,
+            "cache_id": lease.cache_id,
+            "block_ids": list(lease.block_ids),
+            "priority": lease.priority,
+            "tenant": lease.tenant,
+            "age_ticket": lease.age_ticket,
+            "revoked": lease.revoked,
+        }
+        for lease in listing.leases
+    ]
+    result["sessions"] = [
+        {
+            "worker_id": session.worker_id,
+            "epoch": session.epoch,
+            "state": session.state,
+            "num_leases": session.num_leases,
+            "num_blocks": session.num_blocks,
+            "silent_ms": session.silent_ms,
+            "busy_ms": session.busy_ms if session.HasField("busy_ms") else None,
+            "pid": session.pid,
+        }
+        for session in listing.sessions
+    ]
+    return result
+
+
+def to_text(stats: pb.StatsResponse, listing: pb.ListLeasesResponse, pool: pb.DescribePoolResponse) -> str:
+    """The tables for people."""
+    if not pool.HasField("pool"):
+        head = f"pool in {pool.pool_dir}: not made yet, its size comes from the first decoder"
+    else:
+        size_mib = pool.pool.num_blocks * pool.pool.block_stride_bytes / (1 << 20)
+        head = f"pool in {pool.pool_dir}: {stats.num_blocks} blocks of {pool.block_size} tokens, {size_mib:.1f} MiB"
+    parts = [head, table(_COUNTS, [[getattr(stats, name) for name in _COUNTS]])]
+    if listing.sessions:
+        sessions = [
+            [s.worker_id, s.epoch, s.state, s.num_leases, s.num_blocks, s.silent_ms, _busy(s), s.pid]
+            for s in listing.sessions
+        ]
+        parts.append(table(("session", "epoch", "state", "leases", "blocks", "silent ms", "step ms", "pid"), sessions))
+    if listing.leases:
+        leases = [
+            [lease.worker_id, lease.cache_id, len(lease.block_ids), lease.priority, lease.tenant, _blocks(lease)]
+            for lease in listing.leases
+        ]
+        parts.append(table(("lease of", "cache id", "blocks", "priority", "tenant", "block ids"), leases))
+    return "\n\n".join(parts)
+
+
+def _busy(session: pb.Session) -> str:
+    return str(session.busy_ms) if session.HasField("busy_ms") else "idle"
+
+
+def _blocks(lease: pb.Lease) -> str:
+    shown = " ".join(str(block_id) for block_id in lease.block_ids[:_MAX_SHOWN_BLOCKS])
+    hidden = len(lease.block_ids) - _MAX_SHOWN_BLOCKS
+    line = shown if hidden <= 0 else f"{shown} +{hidden}"
+    return f"{line} (revoked)" if lease.revoked else line
