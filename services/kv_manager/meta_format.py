@@ -77,7 +77,7 @@ class Superblock:
     def unpack(cls, page: bytes, path: str) -> Superblock:
         """Reads a superblock page; raises PoolFileError when it is damaged or of another format version."""
         if len(page) < PAGE_BYTES or page[: len(MAGIC)] != MAGIC:
-            raise PoolFileError(f"{path} is not a pool's .meta file: it does not begin with the magic {MAGIC.decode()}")
+            raise PoolFileError(f"{path} does not begin with the magic of a pool's .meta file; {RESET_HINT}")
         _, version, pool_id, num_blocks, block_size, length = _SUPER.unpack_from(page)
         if version != FORMAT_VERSION:
             raise PoolFileError(

@@ -12,6 +12,7 @@ import re
 import secrets
 import zlib
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,19 +76,24 @@ class DataFile:
         per_chunk = self._blocks_per_chunk
         for block in blocks:
             chunk = block // per_chunk
-            if not self._has_room[chunk]:
-                self._allocate(chunk)
+            if self._has_room[chunk]:
+                continue
+            first = chunk * per_chunk
+            try:
+                self._allocate(first, min(per_chunk, self.header.num_blocks - first))
+                self._has_room[chunk] = 1
+            except StorageFullError:
+                if per_chunk == 1:
+                    raise
+                self._allocate(block, 1)  # the last free bytes of a disk serve, too
 
-    def _allocate(self, chunk: int) -> None:
-        first = chunk * self._blocks_per_chunk
-        count = min(self._blocks_per_chunk, self.header.num_blocks - first)
+    def _allocate(self, first: int, count: int) -> None:
         try:
             os.posix_fallocate(self._fd, DATA_OFFSET_BYTES + first * self._stride, count * self._stride)
         except OSError as error:
             if error.errno not in _NO_ROOM:
                 raise
             raise _storage_full(self.path, count * self._stride, error) from error
-        self._has_room[chunk] = 1
 
     def checksum(self, block: int) -> int:
         """CRC-32 of the block's K/V bytes, without its padding. Reads, never maps: a truncated file is a wrong sum."""
@@ -193,12 +199,19 @@ def find_pool(pool_dir: Path) -> tuple[PoolFiles | None, list[str]]:
 
 
 def _open_pool(stem: Path) -> PoolFiles:
-    meta = MetaFile(stem.with_suffix(".meta"))
-    data = DataFile.open(stem.with_suffix(".kv"))
-    superblock, header = meta.superblock, data.header
-    geometry = Geometry.from_json(superblock.geometry_json)
+    with ExitStack() as undo:
+        meta = MetaFile(stem.with_suffix(".meta"))
+        undo.callback(meta.close)
+        data = DataFile.open(stem.with_suffix(".kv"))
+        undo.callback(data.close)
+        geometry = Geometry.from_json(meta.superblock.geometry_json)
+        _require_pair(stem, meta.superblock, data.header, geometry)
+        undo.pop_all()
+        return PoolFiles(data, meta, geometry)
+
+
+def _require_pair(stem: Path, superblock: Superblock, header: DataHeader, geometry: Geometry) -> None:
     if superblock.pool_id != header.pool_id or superblock.pool_id.hex() != stem.name:
         raise PoolFileError(f"{stem}.meta and .kv are of different pools, or renamed; {RESET_HINT}")
     if (superblock.num_blocks, geometry.shape(superblock.block_size)) != (header.num_blocks, header.shape):
         raise PoolFileError(f"{stem}.meta and .kv state different geometries; {RESET_HINT}")
-    return PoolFiles(data, meta, geometry)

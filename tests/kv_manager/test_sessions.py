@@ -1,0 +1,421 @@
+"""Sessions, epochs and the safety rule: timeouts revoke, only proof frees."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from services.kv_manager.block_pool import BlockState
+from services.kv_manager.errors import (
+    InvalidRequestError,
+    LockProofError,
+    SessionRevokedError,
+    StaleEpochError,
+    StaleRegistrationError,
+    TooManyWorkersError,
+)
+from services.kv_manager.sessions import LIVE, REVOKED
+from services.kv_manager.translate import registration
+from tests.kv_manager.helpers import Manager, Worker
+
+MakeManager = Callable[..., Manager]
+
+
+def test_epochs_grow_with_every_registration_and_a_stale_one_is_refused(make_manager: MakeManager) -> None:
+    manager = make_manager(num_blocks=8)
+    worker = manager.worker()
+    epochs = [manager.register(worker).session.epoch for _ in range(3)]
+    epochs.append(manager.join("w2").epoch)
+    assert epochs == sorted(set(epochs))
+    for stale in (0, epochs[1], epochs[3]):
+        with pytest.raises(StaleEpochError):
+            manager.lessor.enter("w1", stale, 1, 0)
+    assert manager.lessor.enter("w1", epochs[2], 1, 0).epoch == epochs[2]
+    manager.check()
+
+
+def test_a_silent_worker_is_revoked_and_its_blocks_are_quarantined_not_freed(make_manager: MakeManager) -> None:
+    manager = make_manager(num_blocks=8, ttl_s=10.0)
+    session = manager.join()
+    manager.acquire(session, 1, 3)
+    manager.pass_time(9.5)
+    assert session.state == LIVE
+    manager.pass_time(1000)
+    assert session.state == REVOKED
+    counts = manager.lessor.counts()
+    assert (counts[BlockState.QUARANTINED], counts[BlockState.FREE]) == (3, 5)
+    other = manager.join("w2")
+    assert set(manager.acquire(other, 1, 5).blocks).isdisjoint(session.leases[1].blocks)
+    manager.check()
+
+
+def test_revocations_are_repeated_until_release_answers(make_manager: MakeManager) -> None:
+    manager = make_manager(num_blocks=8, ttl_s=10.0)
+    session = manager.join()
+    for cache_id in (1, 2):
+        manager.acquire(session, cache_id, 2)
+    manager.pass_time(11)
+    for _ in range(3):
+        assert manager.lessor.keepalive("w1", session.epoch, None) == [1, 2]
+    with pytest.raises(SessionRevokedError):
+        manager.lessor.require_live(session)
+    manager.release(session, 1)
+    assert manager.lessor.keepalive("w1", session.epoch, None) == [2]
+    assert session.state == REVOKED
+    manager.release(session, 2)
+    assert manager.lessor.keepalive("w1", session.epoch, None) == []
+    assert session.state == LIVE
+    manager.acquire(session, 3, 8)
+    manager.check()
+
+
+def test_a_revoked_worker_takes_its_leases_up_again_by_claiming_them(make_manager: MakeManager) -> None:
+    manager = make_manager(num_blocks=8, ttl_s=10.0)
+    worker = manager.worker()
+    session = manager.register(worker).session
+    for cache_id in (1, 2, 3):
+        manager.acquire(session, cache_id, 2)
+    manager.pass_time(11)
+    answer = manager.register(worker, {1: [0, 1], 3: [4]})
+    assert answer.claims_accepted
+    assert not answer.lost_cache_ids
+    counts = manager.lessor.counts()
+    assert (counts[BlockState.LEASED], counts[BlockState.FREE], counts[BlockState.QUARANTINED]) == (3, 5, 0)
+    assert answer.session.epoch > session.epoch
+    manager.check()
+
+
+def test_a_claim_of_a_block_that_is_not_the_workers_is_lost_and_the_others_hold(make_manager: MakeManager) -> None:
+    manager = make_manager(num_blocks=8)
+    worker = manager.worker()
+    session = manager.register(worker).session
+    manager.acquire(session, 1, 2)
+    manager.acquire(session, 2, 1)
+    manager.acquire(manager.join("w2"), 1, 2)
+    answer = manager.register(worker, {1: [0, 1], 5: [3], 6: [7], 7: [1]})
+    assert answer.claims_accepted
+    assert answer.lost_cache_ids == [5, 6, 7]
+    assert list(answer.session.leases) == [1]
+    assert manager.lessor.counts()[BlockState.LEASED] == 4
+    manager.check()
+
+
+def test_claims_through_a_mapping_of_another_pool_hold_nothing(make_manager: MakeManager) -> None:
+    manager = make_manager(num_blocks=8)
+    worker = manager.worker()
+    session = manager.register(worker).session
+    manager.acquire(session, 1, 2)
+    answer = manager.lessor.register(registration(worker.request(bytes(16), {1: [0, 1]})))
+    assert not answer.claims_accepted
+    assert manager.lessor.counts()[BlockState.FREE] == 8
+    manager.check()
+
+
+def test_malformed_claims_are_refused_and_change_nothing(make_manager: MakeManager) -> None:
+    manager = make_manager(num_blocks=8)
+    worker = manager.worker()
+    session = manager.register(worker).session
+    manager.acquire(session, 1, 2)
+    for claims in ({1: [0, 0]}, {1: [0, 8]}, {1: []}):
+        with pytest.raises(InvalidRequestError, match=r"claims\[0\]\.block_ids"):
+            manager.register(worker, claims)
+    assert manager.lessor.enter("w1", session.epoch, 1, 0) is session
+    assert session.leases[1].blocks == [0, 1]
+    manager.check()
+
+
+def test_a_free_lock_is_proof_and_brings_the_blocks_back(make_manager: MakeManager) -> None:
+    manager = make_manager(num_blocks=8, ttl_s=10.0)
+    worker = manager.worker()
+    session = manager.register(worker).session
+    manager.acquire(session, 1, 3)
+    manager.pass_time(11)
+    assert manager.lessor.counts()[BlockState.QUARANTINED] == 3
+    worker.die()
+    manager.pass_time(0.3)
+    assert manager.lessor.counts()[BlockState.FREE] == 8
+    assert not manager.lessor.sessions()
+    manager.check()
+
+
+def test_after_its_stream_has_ended_a_workers_lock_is_probed_until_it_is_free(make_manager: MakeManager) -> None:
+    manager = make_manager(num_blocks=8, ttl_s=10.0)
+    worker = manager.worker()
+    session = manager.register(worker).session
+    manager.acquire(session, 1, 3)
+    slow = manager.lessor.tick_interval_s
+    manager.lessor.stream_ended("w1", session.epoch)
+    assert manager.lessor.tick_interval_s < slow / 5
+    manager.lessor.tick()
+    assert manager.lessor.counts()[BlockState.LEASED] == 3  # sockets close before locks do
+    worker.die()
+    manager.lessor.tick()
+    assert manager.lessor.counts()[BlockState.FREE] == 8
+    assert manager.lessor.tick_interval_s == slow
+    manager.check()
+
+
+def test_a_stream_that_ends_while_its_worker_lives_costs_it_nothing(make_manager: MakeManager) -> None:
+    manager = make_manager(num_blocks=8, ttl_s=10.0)
+    session = manager.join()
+    manager.acquire(session, 1, 3)
+    manager.lessor.stream_ended("w1", session.epoch)
+    manager.pass_time(5)
+    manager.lessor.keepalive("w1", session.epoch, None)
+    manager.pass_time(8)
+    assert session.state == LIVE
+    assert manager.lessor.tick_interval_s > 0.1
+    manager.check()
+
+
+def test_a_new_life_on_the_same_lock_file_proves_the_old_one_dead(make_manager: MakeManager) -> None:
+    manager = make_manager(num_blocks=8)
+    worker = manager.worker()
+    manager.acquire(manager.register(worker).session, 1, 3)
+    answer = manager.register(worker.reborn(), {})
+    assert not answer.session.leases
+    assert manager.lessor.counts()[BlockState.FREE] == 8
+    manager.check()
+
+
+def test_a_second_process_with_a_replaced_lock_file_is_refused_while_the_first_may_live(
+    make_manager: MakeManager,
+) -> None:
+    manager = make_manager(num_blocks=8)
+    worker = manager.worker()
+    session = manager.register(worker).session
+    manager.acquire(session, 1, 3)
+    (manager.pool_dir / "workers" / "w1.lock").unlink()
+    second = Worker(manager.pool_dir).lock()
+    with pytest.raises(LockProofError, match="not proved dead") as caught:
+        manager.register(second)
+    assert "--worker-id" in caught.value.message
+    assert manager.lessor.enter("w1", session.epoch, 1, 0) is session
+    assert manager.lessor.counts()[BlockState.LEASED] == 3
+    worker.die()
+    manager.register(second)
+    assert manager.lessor.counts()[BlockState.FREE] == 8
+    second.die()
+    manager.check()
+
+
+@pytest.mark.parametrize("fault", ["missing", "unlocked", "other inode", "other device"])
+def test_a_registration_without_a_held_lock_is_refused(make_manager: MakeManager, fault: str) -> None:
+    manager = make_manager(num_blocks=8)
+    worker = manager.worker()
+    request = worker.request()
+    if fault == "missing":
+        (manager.pool_dir / "workers" / "w1.lock").unlink()
+    elif fault == "unlocked":
+        worker.die()
+    elif fault == "other inode":
+        request.lock_inode += 1
+    else:
+        request.lock_device += 1
+    with pytest.raises(LockProofError):
+        manager.lessor.register(registration(request))
+    assert not manager.lessor.sessions()
+    manager.check()
+
+
+def test_a_late_copy_of_a_registration_frees_nothing(make_manager: MakeManager) -> None:
+    manager = make_manager(num_blocks=8)
+    worker = manager.worker()
+    first = worker.request()
+    manager.lessor.register(registration(first))
+    session = manager.register(worker, {}).session
+    manager.acquire(session, 1, 3)
+    with pytest.raises(StaleRegistrationError, match="late copy"):
+        manager.lessor.register(registration(first))
+    next_life = manager.register(worker.reborn(), {}).session
+    manager.acquire(next_life, 1, 3)
+    with pytest.raises(StaleRegistrationError, match="dead"):
+        manager.lessor.register(registration(first))
+    assert manager.lessor.counts()[BlockState.LEASED] == 3
+    manager.check()
+
+
+def test_a_step_beyond_the_hang_limit_revokes_though_the_worker_speaks(make_manager: MakeManager) -> None:
+    manager = make_manager(num_blocks=8, ttl_s=10.0, hang_limit_s=60.0)
+    session = manager.join()
+    manager.acquire(session, 1, 3)
+    assert manager.lessor.keepalive("w1", session.epoch, 59_999) == []
+    assert manager.lessor.keepalive("w1", session.epoch, 60_000) == [1]
+    assert manager.lessor.counts()[BlockState.QUARANTINED] == 3
+    manager.check()
+
+
+def test_after_a_gap_in_the_managers_own_loop_everyone_is_renewed(make_manager: MakeManager) -> None:
+    manager = make_manager(num_blocks=8, ttl_s=10.0)
+    session = manager.join()
+    manager.acquire(session, 1, 3)
+    manager.pass_time(1)
+    manager.clock.advance(3600)
+    manager.lessor.tick()
+    assert session.state == LIVE
+    manager.pass_time(11)
+    assert session.state == REVOKED
+    manager.check()
+
+
+def test_the_65th_worker_is_refused_and_a_freed_slot_is_used_again(make_manager: MakeManager) -> None:
+    manager = make_manager(num_blocks=8)
+    workers = [manager.worker(f"w{number}") for number in range(65)]
+    for worker in workers[:64]:
+        manager.register(worker)
+    with pytest.raises(TooManyWorkersError):
+        manager.register(workers[64])
+    manager.lessor.stream_ended("w7", manager.lessor.sessions()[7].epoch)
+    workers[7].die()
+    manager.lessor.tick()
+    assert manager.register(workers[64]).session.slot == 7
+    manager.check()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("worker_id", "../etc"), ("worker_id", ""), ("boot_id", b"short"), ("max_seqs", 0), ("kv_capacity_tokens", 0)],
+)
+def test_a_malformed_registration_names_its_field(make_manager: MakeManager, field: str, value: object) -> None:
+    manager = make_manager(num_blocks=8)
+    request = manager.worker().request()
+    setattr(request, field, value)
+    with pytest.raises(InvalidRequestError) as caught:
+        registration(request)
+    assert caught.value.field == field
+
+
+def test_more_than_one_group_of_layers_is_refused_by_name(make_manager: MakeManager) -> None:
+    request = make_manager(num_blocks=8).worker().request()
+    request.geometry.layer_groups.append(request.geometry.layer_groups[0])
+    with pytest.raises(InvalidRequestError, match="2 groups"):
+        registration(request)
+
+
+def test_restart_keeps_the_blocks_of_a_worker_that_lives_until_it_claims(make_manager: MakeManager) -> None:
+    manager = make_manager(num_blocks=8)
+    worker = manager.worker()
+    before = manager.register(worker).session
+    manager.acquire(before, 1, 2)
+    manager.acquire(before, 2, 2)
+    manager.crash_and_restart()
+    counts = manager.lessor.counts()
+    assert (counts[BlockState.QUARANTINED], counts[BlockState.FREE]) == (4, 4)
+    assert set(manager.acquire(manager.join("w2"), 1, 4).blocks) == {4, 5, 6, 7}
+    with pytest.raises(StaleEpochError):
+        manager.lessor.enter("w1", before.epoch, 9, 0)
+    answer = manager.register(worker, {2: [2, 3]})
+    assert answer.session.epoch > before.epoch
+    assert answer.session.leases[2].blocks == [2, 3]
+    assert manager.lessor.counts()[BlockState.FREE] == 2
+    manager.check()
+
+
+def test_restart_frees_the_blocks_of_a_worker_that_died_meanwhile(make_manager: MakeManager) -> None:
+    manager = make_manager(num_blocks=8)
+    worker = manager.worker()
+    manager.acquire(manager.register(worker).session, 1, 3)
+    worker.die()
+    manager.crash_and_restart()
+    assert manager.lessor.counts()[BlockState.FREE] == 8
+    assert not manager.lessor.sessions()
+    manager.check()
+
+
+def test_restart_and_a_worker_that_dies_later_is_found_dead(make_manager: MakeManager) -> None:
+    manager = make_manager(num_blocks=8)
+    worker = manager.worker()
+    manager.acquire(manager.register(worker).session, 1, 3)
+    manager.crash_and_restart()
+    manager.pass_time(100)
+    assert manager.lessor.counts()[BlockState.QUARANTINED] == 3
+    worker.die()
+    manager.pass_time(0.3)
+    assert manager.lessor.counts()[BlockState.FREE] == 8
+    manager.check()
+
+
+@pytest.mark.parametrize("fate", ["deleted", "replaced"])
+def test_restart_and_a_lock_file_that_is_gone_means_unknown_and_not_dead(make_manager: MakeManager, fate: str) -> None:
+    manager = make_manager(num_blocks=8)
+    worker = manager.worker()
+    manager.acquire(manager.register(worker).session, 1, 3)
+    path = manager.pool_dir / "workers" / "w1.lock"
+    path.rename(path.with_suffix(".away"))
+    if fate == "replaced":
+        path.touch()
+    manager.crash_and_restart()
+    manager.pass_time(1000)
+    assert manager.lessor.counts()[BlockState.QUARANTINED] == 3
+    manager.check()
+
+
+def test_a_reboot_proves_every_worker_dead_even_without_its_lock_file(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = make_manager(num_blocks=8)
+    manager.acquire(manager.join(), 1, 3)
+    os.unlink(manager.pool_dir / "workers" / "w1.lock")
+    monkeypatch.setattr("services.kv_manager.locks.kernel_boot_id", lambda: "another-boot")
+    manager.crash_and_restart()
+    assert manager.lessor.counts()[BlockState.FREE] == 8
+    manager.check()
+
+
+def test_a_worker_of_another_kernel_is_not_proved_dead_by_a_reboot_of_this_one(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = make_manager(num_blocks=8)
+    request = registration(manager.worker().request())
+    foreign = replace(request, worker=replace(request.worker, kernel_boot_id="of-a-virtual-machine"))
+    manager.acquire(manager.lessor.register(foreign).session, 1, 3)
+    monkeypatch.setattr("services.kv_manager.locks.kernel_boot_id", lambda: "another-boot")
+    manager.crash_and_restart()
+    assert manager.lessor.counts()[BlockState.QUARANTINED] == 3
+    manager.check()
+
+
+def test_a_damaged_header_pins_its_block_until_every_known_worker_is_accounted_for(make_manager: MakeManager) -> None:
+    manager = make_manager(num_blocks=8)
+    workers = [manager.worker(name) for name in ("w1", "w2")]
+    for worker in workers:
+        manager.acquire(manager.register(worker).session, 1, 2)
+    manager.stop()
+    (path,) = manager.pool_dir.glob("*.meta")
+    data = bytearray(path.read_bytes())
+    data[-8 * 128 + 20] ^= 1  # block 0's generation
+    data[-7 * 128] ^= 4  # block 1's state
+    path.write_bytes(data)
+    manager.crash_and_restart()
+    manager.check()
+    assert manager.lessor.counts()[BlockState.FREE] == 4
+    manager.register(workers[1], {1: [2, 3]})
+    assert manager.lessor.counts()[BlockState.FREE] == 4
+    answer = manager.register(workers[0], {1: [0, 1]})
+    assert answer.session.leases[1].blocks == [0, 1]
+    manager.check()
+    manager.release(answer.session, 1)
+    assert manager.lessor.counts()[BlockState.FREE] == 6
+    manager.check()
+
+
+def test_a_damaged_worker_slot_pins_its_blocks_until_the_host_reboots(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = make_manager(num_blocks=8)
+    manager.acquire(manager.join(), 1, 3)
+    manager.stop()
+    (path,) = manager.pool_dir.glob("*.meta")
+    data = bytearray(path.read_bytes())
+    data[8192 + 40] ^= 1
+    path.write_bytes(data)
+    manager.crash_and_restart()
+    manager.pass_time(1000)
+    assert manager.lessor.counts()[BlockState.QUARANTINED] == 3
+    monkeypatch.setattr("services.kv_manager.locks.kernel_boot_id", lambda: "another-boot")
+    manager.crash_and_restart()
+    assert manager.lessor.counts()[BlockState.FREE] == 8
+    manager.check()
