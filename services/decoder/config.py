@@ -125,7 +125,8 @@ def _why_no_native() -> str:
     """Empty when the native backend can be used."""
     if platform.system() != "Linux":
         return f"it is for Linux CPUs, and this is {platform.system()}"
-    if importlib.util.find_spec(NATIVE_MODULE) is None:
+    spec = importlib.util.find_spec(NATIVE_MODULE)
+    if spec is None or spec.origin is None:  # a folder without __init__.py has a spec, but no origin
         return "it is not part of this installation"
     try:
         module = importlib.import_module(NATIVE_MODULE)

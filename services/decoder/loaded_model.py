@@ -1,0 +1,57 @@
+"""Puts a checkpoint, a model family and a backend together, on the engine's thread."""
+
+from __future__ import annotations
+
+import importlib
+import time
+
+import structlog
+
+from services.decoder.config import NATIVE_MODULE
+from services.decoder.engine import LoadedModel
+from services.decoder.fingerprint import model_fingerprint
+from services.decoder.leases import KvGeometry
+from services.decoder.loader import Checkpoint
+from services.decoder.model_config import ModelConfig
+from services.decoder.models import load_model
+from services.decoder.ops.base import Ops
+
+_log = structlog.get_logger(__name__)
+
+
+def load(
+    checkpoint: Checkpoint, config: ModelConfig, kv_dtype: str, backend: str, threads: int | None = None
+) -> tuple[LoadedModel, Ops]:
+    """Reads the weights; called on the thread that steps the model. Raises CheckpointError."""
+    started = time.monotonic()
+    weight_bytes = sum(path.stat().st_size for path in checkpoint.weight_files)
+    _log.info("loading the model", model=str(checkpoint.directory), weight_bytes=weight_bytes)
+    fingerprint = model_fingerprint(checkpoint.directory, checkpoint.weight_files)
+    _log.info("the model is fingerprinted", fingerprint=fingerprint.hex(), after_s=_since(started))
+    ops = make_ops(backend, threads)
+    model = load_model(checkpoint, config, ops)
+    _log.info("the model is loaded", backend=ops.backend, numerics_id=ops.numerics_id, after_s=_since(started))
+    geometry = KvGeometry(
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        kv_dtype=kv_dtype,
+        model_fingerprint=fingerprint,
+    )
+    # Decoders of one id make the same tokens: same kernels, same rounding of K/V, same weights.
+    numerics_id = f"{ops.numerics_id}/kv-{kv_dtype}/{fingerprint[:8].hex()}"
+    return LoadedModel(model, geometry, numerics_id), ops
+
+
+def make_ops(backend: str, threads: int | None) -> Ops:
+    """A backend by its name on the command line. Imported only now, so that one works where the other cannot load."""
+    if backend == "native":
+        native: Ops = importlib.import_module(NATIVE_MODULE).make_ops(threads)
+        return native
+    from services.decoder.ops.mlx import MlxOps
+
+    return MlxOps()
+
+
+def _since(started: float) -> float:
+    return round(time.monotonic() - started, 3)
