@@ -379,24 +379,34 @@ Global___KeepAliveRequest: _TypeAlias = KeepAliveRequest  # noqa: Y015
 
 @_typing.final
 class KeepAliveResponse(_message.Message):
+    """One for each request, and another at once when a lease is revoked in between."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     EPOCH_FIELD_NUMBER: _builtins.int
     REVOKED_CACHE_IDS_FIELD_NUMBER: _builtins.int
+    SESSION_REVOKED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
+    session_revoked: _builtins.bool
+    """The whole session is revoked, because the worker was silent or hung. Nothing more is leased to it until it has released
+    everything, or has registered again (same boot_id) with claims of what it goes on with.
+    """
     @_builtins.property
     def revoked_cache_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """give these up at the next step boundary: Release answers"""
+        """Give these up at the next step boundary: Release answers, also for an id that the worker does not know (the reply to its
+        Acquire is under way still). Seal first what is full: it stays cached, and resuming is a prefix hit.
+        """
 
     def __init__(
         self,
         *,
         epoch: _builtins.int = ...,
         revoked_cache_ids: _abc.Iterable[_builtins.int] | None = ...,
+        session_revoked: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "revoked_cache_ids", b"revoked_cache_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "revoked_cache_ids", b"revoked_cache_ids", "session_revoked", b"session_revoked"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -453,7 +463,9 @@ class AcquireItem(_message.Message):
     """as issued before; absent: a new arrival"""
     @_builtins.property
     def prefix_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """content hash of each full block of the prompt, in order"""
+        """Content hash of each full block of the prompt, in order, without the block of its last token, which must be computed. The
+        longest chain that is there is shared with the lease and stands at the front of its table (num_cached_tokens).
+        """
 
     def __init__(
         self,
@@ -484,12 +496,18 @@ class AcquireRequest(_message.Message):
     SEQ_FIELD_NUMBER: _builtins.int
     ACKED_SEQ_FIELD_NUMBER: _builtins.int
     ITEMS_FIELD_NUMBER: _builtins.int
+    WAIT_MS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     seq: _builtins.int
-    """grows with every Acquire, Extend and Release of a session"""
+    """grows with every Acquire, Extend, Release, Seal and Fork of a session"""
     acked_seq: _builtins.int
     """every call with a seq up to this one has ended for the worker; a later copy of one is refused"""
+    wait_ms: _builtins.int
+    """How long the reply may be put off while other leases give way, in milliseconds; the manager bounds it. The pool serves
+    waiters in order of priority, then age, and revokes younger leases of no higher priority for the first of them. 0: answer
+    at once. Items that have to wait put off the whole reply, so send what must not wait by itself.
+    """
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___AcquireItem]: ...
     def __init__(
@@ -500,10 +518,11 @@ class AcquireRequest(_message.Message):
         seq: _builtins.int = ...,
         acked_seq: _builtins.int = ...,
         items: _abc.Iterable[Global___AcquireItem] | None = ...,
+        wait_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acked_seq", b"acked_seq", "epoch", b"epoch", "items", b"items", "seq", b"seq", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acked_seq", b"acked_seq", "epoch", b"epoch", "items", b"items", "seq", b"seq", "wait_ms", b"wait_ms", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -593,10 +612,13 @@ class ExtendRequest(_message.Message):
     SEQ_FIELD_NUMBER: _builtins.int
     ACKED_SEQ_FIELD_NUMBER: _builtins.int
     ITEMS_FIELD_NUMBER: _builtins.int
+    WAIT_MS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     seq: _builtins.int
     acked_seq: _builtins.int
+    wait_ms: _builtins.int
+    """as in AcquireRequest"""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExtendItem]: ...
     def __init__(
@@ -607,10 +629,11 @@ class ExtendRequest(_message.Message):
         seq: _builtins.int = ...,
         acked_seq: _builtins.int = ...,
         items: _abc.Iterable[Global___ExtendItem] | None = ...,
+        wait_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acked_seq", b"acked_seq", "epoch", b"epoch", "items", b"items", "seq", b"seq", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acked_seq", b"acked_seq", "epoch", b"epoch", "items", b"items", "seq", b"seq", "wait_ms", b"wait_ms", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -646,15 +669,23 @@ class ReleaseItem(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CACHE_ID_FIELD_NUMBER: _builtins.int
+    BLOCK_IDS_FIELD_NUMBER: _builtins.int
     cache_id: _builtins.int
+    @_builtins.property
+    def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Empty: the whole lease. Otherwise only these, duplicates that a Seal has replaced in the table, and the lease stays. Other
+        blocks are left alone: a table is given back whole.
+        """
+
     def __init__(
         self,
         *,
         cache_id: _builtins.int = ...,
+        block_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_id", b"cache_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_ids", b"block_ids", "cache_id", b"cache_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -714,6 +745,430 @@ class ReleaseResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReleaseResponse: _TypeAlias = ReleaseResponse  # noqa: Y015
+
+@_typing.final
+class SealItem(_message.Message):
+    """A full block of a lease, written and never written again. Blocks are sealed front to back: the block before it in the table
+    must be sealed, with parent_hash as its content_hash.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CACHE_ID_FIELD_NUMBER: _builtins.int
+    BLOCK_INDEX_FIELD_NUMBER: _builtins.int
+    BLOCK_ID_FIELD_NUMBER: _builtins.int
+    CONTENT_HASH_FIELD_NUMBER: _builtins.int
+    PARENT_HASH_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    DATA_CHECKSUM_FIELD_NUMBER: _builtins.int
+    cache_id: _builtins.int
+    block_index: _builtins.int
+    """place in the table"""
+    block_id: _builtins.int
+    """the block at that place"""
+    content_hash: _builtins.bytes
+    """32 bytes"""
+    parent_hash: _builtins.bytes
+    """32 bytes; of the first block, the seed of its chain"""
+    num_tokens: _builtins.int
+    """= block_size"""
+    data_checksum: _builtins.int
+    """CRC-32 of the block's bytes, padding excluded"""
+    def __init__(
+        self,
+        *,
+        cache_id: _builtins.int = ...,
+        block_index: _builtins.int = ...,
+        block_id: _builtins.int = ...,
+        content_hash: _builtins.bytes = ...,
+        parent_hash: _builtins.bytes = ...,
+        num_tokens: _builtins.int = ...,
+        data_checksum: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_id", b"block_id", "block_index", b"block_index", "cache_id", b"cache_id", "content_hash", b"content_hash", "data_checksum", b"data_checksum", "num_tokens", b"num_tokens", "parent_hash", b"parent_hash"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SealItem: _TypeAlias = SealItem  # noqa: Y015
+
+@_typing.final
+class SealRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    ACKED_SEQ_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    epoch: _builtins.int
+    seq: _builtins.int
+    acked_seq: _builtins.int
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___SealItem]: ...
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        seq: _builtins.int = ...,
+        acked_seq: _builtins.int = ...,
+        items: _abc.Iterable[Global___SealItem] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acked_seq", b"acked_seq", "epoch", b"epoch", "items", b"items", "seq", b"seq", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SealRequest: _TypeAlias = SealRequest  # noqa: Y015
+
+@_typing.final
+class SealResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CACHE_ID_FIELD_NUMBER: _builtins.int
+    BLOCK_INDEX_FIELD_NUMBER: _builtins.int
+    BLOCK_ID_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    cache_id: _builtins.int
+    block_index: _builtins.int
+    block_id: _builtins.int
+    """The block that the table names at this place now. Another than was sent: this content was sealed before, and its block
+    is referenced for this lease already. Switch the table between steps, then give the duplicate back with
+    ReleaseItem.block_ids after the last step that read it.
+    """
+    @_builtins.property
+    def error(self) -> _status_pb2.Status: ...
+    def __init__(
+        self,
+        *,
+        cache_id: _builtins.int = ...,
+        block_index: _builtins.int = ...,
+        block_id: _builtins.int = ...,
+        error: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["block_id", b"block_id", "error", b"error", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_id", b"block_id", "block_index", b"block_index", "cache_id", b"cache_id", "error", b"error", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["block_id", "error"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___SealResult: _TypeAlias = SealResult  # noqa: Y015
+
+@_typing.final
+class SealResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___SealResult]: ...
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        results: _abc.Iterable[Global___SealResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SealResponse: _TypeAlias = SealResponse  # noqa: Y015
+
+@_typing.final
+class ForkItem(_message.Message):
+    """The new lease's table begins with the sealed blocks that the parent's table begins with (num_cached_tokens counts them), and
+    goes on with fresh blocks. What the parent holds beyond, its partial tail, the worker copies itself, between two steps.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_CACHE_ID_FIELD_NUMBER: _builtins.int
+    CACHE_ID_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    MAX_SHARED_BLOCKS_FIELD_NUMBER: _builtins.int
+    parent_cache_id: _builtins.int
+    cache_id: _builtins.int
+    """never used before in this session; a repeat answers with the same table"""
+    num_blocks: _builtins.int
+    """blocks of the new table, at least 1"""
+    max_shared_blocks: _builtins.int
+    """share at most so many"""
+    def __init__(
+        self,
+        *,
+        parent_cache_id: _builtins.int = ...,
+        cache_id: _builtins.int = ...,
+        num_blocks: _builtins.int = ...,
+        max_shared_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_id", b"cache_id", "max_shared_blocks", b"max_shared_blocks", "num_blocks", b"num_blocks", "parent_cache_id", b"parent_cache_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkItem: _TypeAlias = ForkItem  # noqa: Y015
+
+@_typing.final
+class ForkRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    ACKED_SEQ_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    epoch: _builtins.int
+    seq: _builtins.int
+    acked_seq: _builtins.int
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___ForkItem]: ...
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        seq: _builtins.int = ...,
+        acked_seq: _builtins.int = ...,
+        items: _abc.Iterable[Global___ForkItem] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acked_seq", b"acked_seq", "epoch", b"epoch", "items", b"items", "seq", b"seq", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkRequest: _TypeAlias = ForkRequest  # noqa: Y015
+
+@_typing.final
+class ForkResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    RESULTS_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeaseResult]: ...
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        results: _abc.Iterable[Global___LeaseResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkResponse: _TypeAlias = ForkResponse  # noqa: Y015
+
+@_typing.final
+class WatchEventsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    incarnation: _builtins.bytes
+    """Where an earlier stream ended; both empty for a first one. What the manager cannot continue from, it answers with `cleared`
+    and a snapshot.
+    """
+    cursor: _builtins.int
+    def __init__(
+        self,
+        *,
+        incarnation: _builtins.bytes = ...,
+        cursor: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "incarnation", b"incarnation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchEventsRequest: _TypeAlias = WatchEventsRequest  # noqa: Y015
+
+@_typing.final
+class Event(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Kind:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Event._Kind.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        KIND_UNSPECIFIED: Event._Kind.ValueType  # 0
+        KIND_STORED: Event._Kind.ValueType  # 1
+        KIND_REMOVED: Event._Kind.ValueType  # 2
+
+    class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
+    KIND_UNSPECIFIED: Event.Kind.ValueType  # 0
+    KIND_STORED: Event.Kind.ValueType  # 1
+    KIND_REMOVED: Event.Kind.ValueType  # 2
+
+    KIND_FIELD_NUMBER: _builtins.int
+    CONTENT_HASH_FIELD_NUMBER: _builtins.int
+    PARENT_HASH_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    kind: Global___Event.Kind.ValueType
+    content_hash: _builtins.bytes
+    parent_hash: _builtins.bytes
+    """of stored"""
+    num_tokens: _builtins.int
+    """of stored"""
+    def __init__(
+        self,
+        *,
+        kind: Global___Event.Kind.ValueType = ...,
+        content_hash: _builtins.bytes = ...,
+        parent_hash: _builtins.bytes = ...,
+        num_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash", "kind", b"kind", "num_tokens", b"num_tokens", "parent_hash", b"parent_hash"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Event: _TypeAlias = Event  # noqa: Y015
+
+@_typing.final
+class WatchEventsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    CLEARED_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    incarnation: _builtins.bytes
+    """of this life of the manager"""
+    cursor: _builtins.int
+    """Everything up to here has been sent. 0 within a snapshot, which cannot be continued in its middle."""
+    cleared: _builtins.bool
+    """forget everything: a snapshot, one `stored` for each content, begins with this message"""
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]: ...
+    def __init__(
+        self,
+        *,
+        incarnation: _builtins.bytes = ...,
+        cursor: _builtins.int = ...,
+        cleared: _builtins.bool = ...,
+        events: _abc.Iterable[Global___Event] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cleared", b"cleared", "cursor", b"cursor", "events", b"events", "incarnation", b"incarnation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchEventsResponse: _TypeAlias = WatchEventsResponse  # noqa: Y015
+
+@_typing.final
+class ScrubRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    max_bytes_per_second: _builtins.int
+    """0: the manager's own limit"""
+    def __init__(
+        self,
+        *,
+        max_bytes_per_second: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_bytes_per_second", b"max_bytes_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScrubRequest: _TypeAlias = ScrubRequest  # noqa: Y015
+
+@_typing.final
+class ScrubProgress(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_CHECKED_FIELD_NUMBER: _builtins.int
+    NUM_CORRUPT_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    num_blocks: _builtins.int
+    """sealed blocks when the scrub began"""
+    num_checked: _builtins.int
+    """the others were dropped meanwhile"""
+    num_corrupt: _builtins.int
+    num_bytes: _builtins.int
+    """bytes read"""
+    done: _builtins.bool
+    def __init__(
+        self,
+        *,
+        num_blocks: _builtins.int = ...,
+        num_checked: _builtins.int = ...,
+        num_corrupt: _builtins.int = ...,
+        num_bytes: _builtins.int = ...,
+        done: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "num_blocks", b"num_blocks", "num_bytes", b"num_bytes", "num_checked", b"num_checked", "num_corrupt", b"num_corrupt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScrubProgress: _TypeAlias = ScrubProgress  # noqa: Y015
+
+@_typing.final
+class FlushRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """absent: all tenants"""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
+    _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
+
+Global___FlushRequest: _TypeAlias = FlushRequest  # noqa: Y015
+
+@_typing.final
+class FlushResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_FLUSHED_BLOCKS_FIELD_NUMBER: _builtins.int
+    num_flushed_blocks: _builtins.int
+    def __init__(
+        self,
+        *,
+        num_flushed_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_flushed_blocks", b"num_flushed_blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FlushResponse: _TypeAlias = FlushResponse  # noqa: Y015
 
 @_typing.final
 class DescribePoolRequest(_message.Message):
@@ -926,6 +1381,15 @@ class StatsResponse(_message.Message):
     NUM_EXHAUSTED_FIELD_NUMBER: _builtins.int
     NUM_REVOKED_FIELD_NUMBER: _builtins.int
     UPTIME_MS_FIELD_NUMBER: _builtins.int
+    NUM_LOOKED_UP_FIELD_NUMBER: _builtins.int
+    NUM_HITS_FIELD_NUMBER: _builtins.int
+    NUM_SEALS_FIELD_NUMBER: _builtins.int
+    NUM_DEDUPLICATED_FIELD_NUMBER: _builtins.int
+    NUM_EVICTED_FIELD_NUMBER: _builtins.int
+    NUM_PREEMPTED_FIELD_NUMBER: _builtins.int
+    NUM_WAITING_FIELD_NUMBER: _builtins.int
+    NUM_CORRUPT_FIELD_NUMBER: _builtins.int
+    NUM_UNVERIFIED_FIELD_NUMBER: _builtins.int
     num_blocks: _builtins.int
     """= free + leased + sealed + cached + quarantined"""
     free: _builtins.int
@@ -946,6 +1410,24 @@ class StatsResponse(_message.Message):
     num_revoked: _builtins.int
     """sessions revoked"""
     uptime_ms: _builtins.int
+    num_looked_up: _builtins.int
+    """blocks whose prefix hash a new lease stated"""
+    num_hits: _builtins.int
+    """of these, found and shared"""
+    num_seals: _builtins.int
+    """blocks sealed"""
+    num_deduplicated: _builtins.int
+    """of these, content that was there already"""
+    num_evicted: _builtins.int
+    """cached blocks that gave way to leases"""
+    num_preempted: _builtins.int
+    """leases revoked for an older waiter"""
+    num_waiting: _builtins.int
+    """leases that wait for blocks now"""
+    num_corrupt: _builtins.int
+    """blocks whose bytes did not match their checksum"""
+    num_unverified: _builtins.int
+    """sealed blocks not yet checked since the start; checked before their first hit"""
     def __init__(
         self,
         *,
@@ -963,10 +1445,19 @@ class StatsResponse(_message.Message):
         num_exhausted: _builtins.int = ...,
         num_revoked: _builtins.int = ...,
         uptime_ms: _builtins.int = ...,
+        num_looked_up: _builtins.int = ...,
+        num_hits: _builtins.int = ...,
+        num_seals: _builtins.int = ...,
+        num_deduplicated: _builtins.int = ...,
+        num_evicted: _builtins.int = ...,
+        num_preempted: _builtins.int = ...,
+        num_waiting: _builtins.int = ...,
+        num_corrupt: _builtins.int = ...,
+        num_unverified: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "free", b"free", "leased", b"leased", "num_acquired", b"num_acquired", "num_blocks", b"num_blocks", "num_exhausted", b"num_exhausted", "num_extended", b"num_extended", "num_leases", b"num_leases", "num_released", b"num_released", "num_revoked", b"num_revoked", "num_sessions", b"num_sessions", "quarantined", b"quarantined", "sealed", b"sealed", "uptime_ms", b"uptime_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "free", b"free", "leased", b"leased", "num_acquired", b"num_acquired", "num_blocks", b"num_blocks", "num_corrupt", b"num_corrupt", "num_deduplicated", b"num_deduplicated", "num_evicted", b"num_evicted", "num_exhausted", b"num_exhausted", "num_extended", b"num_extended", "num_hits", b"num_hits", "num_leases", b"num_leases", "num_looked_up", b"num_looked_up", "num_preempted", b"num_preempted", "num_released", b"num_released", "num_revoked", b"num_revoked", "num_seals", b"num_seals", "num_sessions", b"num_sessions", "num_unverified", b"num_unverified", "num_waiting", b"num_waiting", "quarantined", b"quarantined", "sealed", b"sealed", "uptime_ms", b"uptime_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

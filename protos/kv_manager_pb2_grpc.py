@@ -59,6 +59,31 @@ class KVManagerStub(object):
                 request_serializer=protos_dot_kv__manager__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=protos_dot_kv__manager__pb2.ReleaseResponse.FromString,
                 _registered_method=True)
+        self.Seal = channel.unary_unary(
+                '/leasehold.v1.KVManager/Seal',
+                request_serializer=protos_dot_kv__manager__pb2.SealRequest.SerializeToString,
+                response_deserializer=protos_dot_kv__manager__pb2.SealResponse.FromString,
+                _registered_method=True)
+        self.Fork = channel.unary_unary(
+                '/leasehold.v1.KVManager/Fork',
+                request_serializer=protos_dot_kv__manager__pb2.ForkRequest.SerializeToString,
+                response_deserializer=protos_dot_kv__manager__pb2.ForkResponse.FromString,
+                _registered_method=True)
+        self.WatchEvents = channel.unary_stream(
+                '/leasehold.v1.KVManager/WatchEvents',
+                request_serializer=protos_dot_kv__manager__pb2.WatchEventsRequest.SerializeToString,
+                response_deserializer=protos_dot_kv__manager__pb2.WatchEventsResponse.FromString,
+                _registered_method=True)
+        self.Scrub = channel.unary_stream(
+                '/leasehold.v1.KVManager/Scrub',
+                request_serializer=protos_dot_kv__manager__pb2.ScrubRequest.SerializeToString,
+                response_deserializer=protos_dot_kv__manager__pb2.ScrubProgress.FromString,
+                _registered_method=True)
+        self.Flush = channel.unary_unary(
+                '/leasehold.v1.KVManager/Flush',
+                request_serializer=protos_dot_kv__manager__pb2.FlushRequest.SerializeToString,
+                response_deserializer=protos_dot_kv__manager__pb2.FlushResponse.FromString,
+                _registered_method=True)
         self.DescribePool = channel.unary_unary(
                 '/leasehold.v1.KVManager/DescribePool',
                 request_serializer=protos_dot_kv__manager__pb2.DescribePoolRequest.SerializeToString,
@@ -108,7 +133,42 @@ class KVManagerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Gives back leases, or single blocks of them. A repeat, and an unknown cache id, is harmless.
+        """Gives back leases, or single blocks of them. A repeat, and an unknown cache id, is harmless. Sealed blocks stay findable.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Seal(self, request, context):
+        """Makes full blocks immutable and findable by their content's hash. From the engine only, after the step that wrote them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Fork(self, request, context):
+        """Creates leases that share the sealed blocks at the front of another lease of the same worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchEvents(self, request, context):
+        """Streams which contents are stored and removed: a router's view of what a prefix would hit.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Scrub(self, request, context):
+        """Verifies the checksums of all sealed blocks, and streams its progress; what is damaged is never found again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Flush(self, request, context):
+        """Drops cached blocks that nobody holds, all or a tenant's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -162,6 +222,31 @@ def add_KVManagerServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=protos_dot_kv__manager__pb2.ReleaseRequest.FromString,
                     response_serializer=protos_dot_kv__manager__pb2.ReleaseResponse.SerializeToString,
+            ),
+            'Seal': grpc.unary_unary_rpc_method_handler(
+                    servicer.Seal,
+                    request_deserializer=protos_dot_kv__manager__pb2.SealRequest.FromString,
+                    response_serializer=protos_dot_kv__manager__pb2.SealResponse.SerializeToString,
+            ),
+            'Fork': grpc.unary_unary_rpc_method_handler(
+                    servicer.Fork,
+                    request_deserializer=protos_dot_kv__manager__pb2.ForkRequest.FromString,
+                    response_serializer=protos_dot_kv__manager__pb2.ForkResponse.SerializeToString,
+            ),
+            'WatchEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchEvents,
+                    request_deserializer=protos_dot_kv__manager__pb2.WatchEventsRequest.FromString,
+                    response_serializer=protos_dot_kv__manager__pb2.WatchEventsResponse.SerializeToString,
+            ),
+            'Scrub': grpc.unary_stream_rpc_method_handler(
+                    servicer.Scrub,
+                    request_deserializer=protos_dot_kv__manager__pb2.ScrubRequest.FromString,
+                    response_serializer=protos_dot_kv__manager__pb2.ScrubProgress.SerializeToString,
+            ),
+            'Flush': grpc.unary_unary_rpc_method_handler(
+                    servicer.Flush,
+                    request_deserializer=protos_dot_kv__manager__pb2.FlushRequest.FromString,
+                    response_serializer=protos_dot_kv__manager__pb2.FlushResponse.SerializeToString,
             ),
             'DescribePool': grpc.unary_unary_rpc_method_handler(
                     servicer.DescribePool,
@@ -314,6 +399,141 @@ class KVManager(object):
             '/leasehold.v1.KVManager/Release',
             protos_dot_kv__manager__pb2.ReleaseRequest.SerializeToString,
             protos_dot_kv__manager__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Seal(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leasehold.v1.KVManager/Seal',
+            protos_dot_kv__manager__pb2.SealRequest.SerializeToString,
+            protos_dot_kv__manager__pb2.SealResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fork(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leasehold.v1.KVManager/Fork',
+            protos_dot_kv__manager__pb2.ForkRequest.SerializeToString,
+            protos_dot_kv__manager__pb2.ForkResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/leasehold.v1.KVManager/WatchEvents',
+            protos_dot_kv__manager__pb2.WatchEventsRequest.SerializeToString,
+            protos_dot_kv__manager__pb2.WatchEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scrub(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/leasehold.v1.KVManager/Scrub',
+            protos_dot_kv__manager__pb2.ScrubRequest.SerializeToString,
+            protos_dot_kv__manager__pb2.ScrubProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Flush(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leasehold.v1.KVManager/Flush',
+            protos_dot_kv__manager__pb2.FlushRequest.SerializeToString,
+            protos_dot_kv__manager__pb2.FlushResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,7 +48,17 @@ class KVManagerStub:
     Extend: _grpc.UnaryUnaryMultiCallable[_kv_manager_pb2.ExtendRequest, _kv_manager_pb2.ExtendResponse]
     """Grows leases to an absolute number of blocks. Never creates one; a repeat does nothing."""
     Release: _grpc.UnaryUnaryMultiCallable[_kv_manager_pb2.ReleaseRequest, _kv_manager_pb2.ReleaseResponse]
-    """Gives back leases, or single blocks of them. A repeat, and an unknown cache id, is harmless."""
+    """Gives back leases, or single blocks of them. A repeat, and an unknown cache id, is harmless. Sealed blocks stay findable."""
+    Seal: _grpc.UnaryUnaryMultiCallable[_kv_manager_pb2.SealRequest, _kv_manager_pb2.SealResponse]
+    """Makes full blocks immutable and findable by their content's hash. From the engine only, after the step that wrote them."""
+    Fork: _grpc.UnaryUnaryMultiCallable[_kv_manager_pb2.ForkRequest, _kv_manager_pb2.ForkResponse]
+    """Creates leases that share the sealed blocks at the front of another lease of the same worker."""
+    WatchEvents: _grpc.UnaryStreamMultiCallable[_kv_manager_pb2.WatchEventsRequest, _kv_manager_pb2.WatchEventsResponse]
+    """Streams which contents are stored and removed: a router's view of what a prefix would hit."""
+    Scrub: _grpc.UnaryStreamMultiCallable[_kv_manager_pb2.ScrubRequest, _kv_manager_pb2.ScrubProgress]
+    """Verifies the checksums of all sealed blocks, and streams its progress; what is damaged is never found again."""
+    Flush: _grpc.UnaryUnaryMultiCallable[_kv_manager_pb2.FlushRequest, _kv_manager_pb2.FlushResponse]
+    """Drops cached blocks that nobody holds, all or a tenant's."""
     DescribePool: _grpc.UnaryUnaryMultiCallable[_kv_manager_pb2.DescribePoolRequest, _kv_manager_pb2.DescribePoolResponse]
     """Says what the pool is and where its directory lies; answers before the pool exists, too."""
     ListLeases: _grpc.UnaryUnaryMultiCallable[_kv_manager_pb2.ListLeasesRequest, _kv_manager_pb2.ListLeasesResponse]
@@ -68,7 +78,17 @@ class KVManagerAsyncStub(KVManagerStub):
     Extend: _aio.UnaryUnaryMultiCallable[_kv_manager_pb2.ExtendRequest, _kv_manager_pb2.ExtendResponse]  # type: ignore[assignment]
     """Grows leases to an absolute number of blocks. Never creates one; a repeat does nothing."""
     Release: _aio.UnaryUnaryMultiCallable[_kv_manager_pb2.ReleaseRequest, _kv_manager_pb2.ReleaseResponse]  # type: ignore[assignment]
-    """Gives back leases, or single blocks of them. A repeat, and an unknown cache id, is harmless."""
+    """Gives back leases, or single blocks of them. A repeat, and an unknown cache id, is harmless. Sealed blocks stay findable."""
+    Seal: _aio.UnaryUnaryMultiCallable[_kv_manager_pb2.SealRequest, _kv_manager_pb2.SealResponse]  # type: ignore[assignment]
+    """Makes full blocks immutable and findable by their content's hash. From the engine only, after the step that wrote them."""
+    Fork: _aio.UnaryUnaryMultiCallable[_kv_manager_pb2.ForkRequest, _kv_manager_pb2.ForkResponse]  # type: ignore[assignment]
+    """Creates leases that share the sealed blocks at the front of another lease of the same worker."""
+    WatchEvents: _aio.UnaryStreamMultiCallable[_kv_manager_pb2.WatchEventsRequest, _kv_manager_pb2.WatchEventsResponse]  # type: ignore[assignment]
+    """Streams which contents are stored and removed: a router's view of what a prefix would hit."""
+    Scrub: _aio.UnaryStreamMultiCallable[_kv_manager_pb2.ScrubRequest, _kv_manager_pb2.ScrubProgress]  # type: ignore[assignment]
+    """Verifies the checksums of all sealed blocks, and streams its progress; what is damaged is never found again."""
+    Flush: _aio.UnaryUnaryMultiCallable[_kv_manager_pb2.FlushRequest, _kv_manager_pb2.FlushResponse]  # type: ignore[assignment]
+    """Drops cached blocks that nobody holds, all or a tenant's."""
     DescribePool: _aio.UnaryUnaryMultiCallable[_kv_manager_pb2.DescribePoolRequest, _kv_manager_pb2.DescribePoolResponse]  # type: ignore[assignment]
     """Says what the pool is and where its directory lies; answers before the pool exists, too."""
     ListLeases: _aio.UnaryUnaryMultiCallable[_kv_manager_pb2.ListLeasesRequest, _kv_manager_pb2.ListLeasesResponse]  # type: ignore[assignment]
@@ -115,7 +135,47 @@ class KVManagerServicer(metaclass=_abc_1.ABCMeta):
         request: _kv_manager_pb2.ReleaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kv_manager_pb2.ReleaseResponse, _abc.Awaitable[_kv_manager_pb2.ReleaseResponse]]:
-        """Gives back leases, or single blocks of them. A repeat, and an unknown cache id, is harmless."""
+        """Gives back leases, or single blocks of them. A repeat, and an unknown cache id, is harmless. Sealed blocks stay findable."""
+
+    @_abc_1.abstractmethod
+    def Seal(
+        self,
+        request: _kv_manager_pb2.SealRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_manager_pb2.SealResponse, _abc.Awaitable[_kv_manager_pb2.SealResponse]]:
+        """Makes full blocks immutable and findable by their content's hash. From the engine only, after the step that wrote them."""
+
+    @_abc_1.abstractmethod
+    def Fork(
+        self,
+        request: _kv_manager_pb2.ForkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_manager_pb2.ForkResponse, _abc.Awaitable[_kv_manager_pb2.ForkResponse]]:
+        """Creates leases that share the sealed blocks at the front of another lease of the same worker."""
+
+    @_abc_1.abstractmethod
+    def WatchEvents(
+        self,
+        request: _kv_manager_pb2.WatchEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_kv_manager_pb2.WatchEventsResponse], _abc.AsyncIterator[_kv_manager_pb2.WatchEventsResponse]]:
+        """Streams which contents are stored and removed: a router's view of what a prefix would hit."""
+
+    @_abc_1.abstractmethod
+    def Scrub(
+        self,
+        request: _kv_manager_pb2.ScrubRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_kv_manager_pb2.ScrubProgress], _abc.AsyncIterator[_kv_manager_pb2.ScrubProgress]]:
+        """Verifies the checksums of all sealed blocks, and streams its progress; what is damaged is never found again."""
+
+    @_abc_1.abstractmethod
+    def Flush(
+        self,
+        request: _kv_manager_pb2.FlushRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_manager_pb2.FlushResponse, _abc.Awaitable[_kv_manager_pb2.FlushResponse]]:
+        """Drops cached blocks that nobody holds, all or a tenant's."""
 
     @_abc_1.abstractmethod
     def DescribePool(
