@@ -55,7 +55,7 @@ _CHAT_EXAMPLES = f"""\
 examples:
   leasehold chat
   leasehold chat --temperature 0.7 --system 'Answer in one word.'
-  printf 'Repeat: oak-1234\\nSpell: badger\\n' | leasehold chat
+  printf 'Repeat: oak-1234\\nWhat is 17 + 25?\\n' | leasehold chat
 
 In the conversation: /help, /reset, /quit. Ctrl-C cancels an answer; twice, or Ctrl-D, leaves.
 {_EXIT_CODES}
