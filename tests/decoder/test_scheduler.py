@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ BLOCK = 4
 class Bench:
     """A scheduler whose port's answers go straight into it."""
 
-    def __init__(self, num_blocks: int = 64, **settings: int) -> None:
+    def __init__(self, num_blocks: int = 64, **settings: Any) -> None:
         self.port = PooledLeases(num_blocks, BLOCK)
         self.answers: list[LeaseGranted | LeaseRefused] = []
         self.port.post = self.answers.append  # type: ignore[assignment]
