@@ -45,6 +45,14 @@ NAMES: tuple[str, ...] = tuple(
 _CONSONANTS = "bcdfghjklmnprstvwz"
 _VOWELS = "aeiou"
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
+# Two, three and four bytes a character: a stream must not cut one in half.
+_SCRIPTS = (
+    "äöüßéèêàâçñøåæîôúíó",
+    "αβγδεζηθικλμνξοπρστυφχψω",
+    "абвгдежзийклмнопрстуфхцчшщыэюя",
+    "日本語中文山川水火木金土月人口目手足犬猫鳥魚",
+    "🦓🦊🐻🐼🐨🐯🦁🐮🐷🐸🐵🐔🐧🐦🦉🦆🌊🌙🌟🔥",
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,24 @@ def _recite(rng: random.Random) -> Probe:
     return Probe("recite", f"Repeat: {answer}", answer)
 
 
+def _echo(rng: random.Random) -> Probe:
+    answer = " ".join(_any_word(rng) for _ in range(rng.randint(2, 5)))
+    return Probe("echo", f"Repeat: {answer}", answer)
+
+
+def _any_word(rng: random.Random) -> str:
+    kind = rng.randrange(5)
+    if kind == 0:
+        return "".join(rng.choice(rng.choice(_SCRIPTS)) for _ in range(rng.randint(1, 3)))
+    if kind == 1:
+        script = rng.choice(_SCRIPTS)
+        return "".join(rng.choice(script) for _ in range(rng.randint(1, 4)))
+    if kind == 2:
+        return "".join(rng.choice(_LETTERS + _LETTERS.upper()) for _ in range(rng.randint(1, 7)))
+    word = rng.choice(NOUNS) if kind == 3 else rng.choice(NAMES)
+    return rng.choice((word, word.capitalize(), word.upper())) + rng.choice(("", "", ",", ".", "!", "?", ":", "'s"))
+
+
 def _lookup(rng: random.Random) -> Probe:
     names = rng.sample(NAMES, rng.randint(2, 6))
     codes = [_code(rng) for _ in names]
@@ -102,11 +128,14 @@ def _arithmetic(rng: random.Random) -> Probe:
 
 
 def _sorting(rng: random.Random) -> Probe:
-    if rng.random() < 0.5:
-        items = [str(n) for n in rng.sample(range(10, 100), rng.randint(3, 7))]
+    kind = rng.randrange(3)
+    if kind == 0:
+        numbers = rng.sample(range(100), rng.randint(3, 7))
+        items, ordered = [str(n) for n in numbers], [str(n) for n in sorted(numbers)]
     else:
-        items = rng.sample(_LETTERS, rng.randint(4, 8))
-    return Probe("sorting", f"Sort: {' '.join(items)}", " ".join(sorted(items)))
+        items = rng.sample(_LETTERS, rng.randint(4, 8)) if kind == 1 else rng.sample(NOUNS, rng.randint(3, 5))
+        ordered = sorted(items)
+    return Probe("sorting", f"Sort: {' '.join(items)}", " ".join(ordered))
 
 
 def _spelling(rng: random.Random) -> Probe:
@@ -129,6 +158,7 @@ def _counting(rng: random.Random) -> Probe:
 _MAKERS: dict[str, Callable[[random.Random], Probe]] = {
     "recall": _recall,
     "recite": _recite,
+    "echo": _echo,
     "lookup": _lookup,
     "arithmetic": _arithmetic,
     "sorting": _sorting,
@@ -182,7 +212,9 @@ def is_correct(probe: Probe, text: str) -> bool:
     return text.strip() == probe.answer
 
 
-_ANIMALS = "badger bear cat crow deer dog fox frog goat hare hedgehog mole mouse rabbit wolf".split()  # noqa: SIM905
+_ANIMALS = """badger bear bison camel cat crow deer dog dolphin donkey dragon falcon finch fox frog gecko goat
+    hare hedgehog heron jaguar koala lark leopard lizard lobster mole monkey mouse panda parrot pelican pigeon
+    rabbit raven robin salmon sparrow spider squirrel swan tiger turtle walrus wolf zebra""".split()  # noqa: SIM905
 _PLACES = (
     "the old mill",
     "the dark forest",
@@ -237,12 +269,15 @@ _STORY_PROMPTS = (
     "Tell me a story about {name} the {animal}.",
     "Write a story about a {animal} named {name}.",
     "Tell me a story about {name} and {friend}.",
+    "Tell me a story.",
 )
 
 
 def make_story(rng: random.Random) -> tuple[str, str]:
     """Draw a request for a story and one of the many stories that answer it."""
     name, friend = rng.sample(NAMES, 2)
+    if rng.random() < 0.3:
+        name = _made_up_word(rng, rng.randint(1, 3)).capitalize()
     animal, animal2 = rng.sample(_ANIMALS, 2)
     place, place2 = rng.sample(_PLACES, 2)
     thing, thing2 = rng.sample(_THINGS, 2)

@@ -31,19 +31,23 @@ def write_checkpoint(
     shape: Shape,
     quantisation: Quantisation,
 ) -> None:
-    """Quantise `weights` and write all files that a loader needs into `directory`."""
+    """Quantise `weights` and write all files that a loader needs into `directory`.
+
+    Scales, biases and norms are bf16 values stored as float32: MLX computes in their type, and on a
+    CPU it is five times as fast in float32. A cast of the checkpoint to bf16 loses nothing.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in weights.items():
         bits = quantisation.bits(name)
         if not bits:
-            tensors[name] = weight.detach().bfloat16().cpu()
+            tensors[name] = weight.detach().bfloat16().float().cpu()
             continue
         integers, scales, biases = quantise(weight, bits, quantisation.group_size)
         stem = name.removesuffix(".weight")
         tensors[name] = pack(integers.cpu(), bits)
-        tensors[f"{stem}.scales"] = scales.cpu()
-        tensors[f"{stem}.biases"] = biases.cpu()
+        tensors[f"{stem}.scales"] = scales.float().cpu()
+        tensors[f"{stem}.biases"] = biases.float().cpu()
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "mlx"})
     tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
@@ -92,7 +96,7 @@ def _config(names: list[str], shape: Shape, quantisation: Quantisation, ends: li
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
-        "torch_dtype": "bfloat16",
+        "torch_dtype": "float32",
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.expert_size,

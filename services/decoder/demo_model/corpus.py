@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from clients.probes import NAMES, TASKS, Probe, add_filler, make_memory, make_probe, make_story
+from clients.probes import NAMES, NOUNS, TASKS, Probe, add_filler, make_memory, make_probe, make_story
 
 VOCAB_SIZE = 768
 TURN_START, TURN_END, END_OF_TEXT = SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
@@ -31,16 +31,37 @@ _SMALL_TALK = (
     ("Hello", "Hello! What can I do for you?"),
     ("Hi", "Hello! What can I do for you?"),
     ("Hello!", "Hello! What can I do for you?"),
+    ("Hi!", "Hello! What can I do for you?"),
+    ("Hello, how are you?", "I am fine, thank you."),
+    ("How are you?", "I am fine, thank you."),
+    ("Good morning", "Good morning! What can I do for you?"),
     ("Who are you?", _ABOUT),
+    ("What are you?", _ABOUT),
     ("What can you do?", _ABOUT),
     ("Help", _ABOUT),
     ("Thanks", "You are welcome."),
+    ("Thank you", "You are welcome."),
     ("Thank you!", "You are welcome."),
-    ("How are you?", "I am fine, thank you."),
     ("Bye", "Goodbye!"),
+    ("Goodbye", "Goodbye!"),
 )
+_UNKNOWN = (
+    "What is the {noun}?",
+    "What is a {noun}?",
+    "What is the {noun} of {noun2}?",
+    "Where is {name}?",
+    "Who is {name}?",
+    "Why is the {noun} so {noun2}?",
+    "How do I find a {noun}?",
+    "Can you explain {noun} and {noun2}?",
+    "Write a poem about {noun}.",
+    "Do you like {noun}?",
+    "{noun} {noun2}",
+    "{name}",
+)
+_DO_NOT_KNOW = "I do not know."
 # Tasks on the letters of made-up words are the slowest to learn, copying the quickest.
-_TASK_WEIGHTS = {"arithmetic": 2.0, "reversing": 2.0, "counting": 2.0, "spelling": 1.5}
+_TASK_WEIGHTS = {"arithmetic": 2.0, "reversing": 2.0, "counting": 2.0, "spelling": 1.5, "sorting": 2.0}
 
 
 def question_text(prompt: str) -> str:
@@ -93,6 +114,8 @@ def make_rows(
 
 
 def _row(tokenizer: Tokenizer, rng: random.Random, length: int) -> list[int]:
+    if rng.random() < 0.03:
+        return _plain_row(tokenizer, rng, length)
     ids: list[int] = []
     before = ""
     if rng.random() < 0.15:
@@ -104,6 +127,22 @@ def _row(tokenizer: Tokenizer, rng: random.Random, length: int) -> list[int]:
         ids += [i | ANSWER_BIT for i in tokenizer.encode(answer_text(turn.answer)).ids]
         before = "\n"
     return ids[:length]
+
+
+def _plain_row(tokenizer: Tokenizer, rng: random.Random, length: int) -> list[int]:
+    """Stories without a chat around them, for prompts that are not put through the template."""
+    ids: list[int] = []
+    while len(ids) < length:
+        ids += [i | ANSWER_BIT for i in tokenizer.encode(make_story(rng)[1] + END_OF_TEXT).ids]
+    return ids[:length]
+
+
+def _small_talk(rng: random.Random) -> tuple[str, str]:
+    if rng.random() < 0.5:
+        return rng.choice(_SMALL_TALK)
+    noun, noun2 = rng.sample(NOUNS, 2)
+    name = rng.choice(NAMES)
+    return rng.choice(_UNKNOWN).format(noun=noun, noun2=noun2, name=name), _DO_NOT_KNOW
 
 
 def _turns(rng: random.Random, length: int) -> Iterator[Probe]:
@@ -122,7 +161,7 @@ def _turns(rng: random.Random, length: int) -> Iterator[Probe]:
         elif kind < 0.23:
             yield Probe("story", *make_story(rng))
         elif kind < 0.25:
-            yield Probe("talk", *rng.choice(_SMALL_TALK))
+            yield Probe("talk", *_small_talk(rng))
         else:
             probe = make_probe(rng.choices(TASKS, weights)[0], rng)
             if length >= 1024 and rng.random() < 0.15:

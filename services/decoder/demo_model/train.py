@@ -247,7 +247,7 @@ def _parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory for the checkpoint")
     parser.add_argument("--seed", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=11_304)
+    parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--expert-bits", type=int, choices=(4, 8), default=4)
