@@ -1,0 +1,234 @@
+"""The `mlx` backend: a row's bits depend on its own sequence only, and a step leaves no trace but its commit."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from services.decoder.kv_view import KvView, PagedKv
+from services.decoder.loader import open_checkpoint
+from services.decoder.models import Model
+from services.decoder.ops.base import LinearTensors
+from services.decoder.ops.blas import chunk_rows
+from services.decoder.ops.cpu_attention import TILE_TOKENS
+from services.decoder.ops.mlx import MlxOps
+from services.decoder.ops.mlx_weights import Budget, Linear
+from tests.decoder.model_driver import ModelDriver, load, make_contiguous, make_pool
+from tests.decoder.tiny_models import TinyConfig, write_tiny_checkpoint
+
+CONFIGS = {
+    "f32": TinyConfig(num_attention_heads=6, num_key_value_heads=2, head_dim=24, num_experts_per_tok=3),
+    "4bit": TinyConfig(bits=4, head_dim=32, mlp_only_layers=(1,), tie_word_embeddings=True, dtype="bf16"),
+}
+LENGTH = 2 * TILE_TOKENS + 9
+TOKENS: list[int] = np.random.default_rng(3).integers(0, 96, LENGTH).tolist()
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("model"), CONFIGS[request.param], seed=11)
+
+
+@pytest.fixture(scope="module")
+def model(directory: Path) -> Model:
+    return load(directory, MlxOps())
+
+
+@pytest.fixture(scope="module")
+def alone(model: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[npt.NDArray[np.float32]]]:
+    """By kv dtype: the logits after each of TOKENS, fed one at a time to a sequence that is alone."""
+    result = {}
+    for kv_dtype in ("f32", "bf16", "f16"):
+        driver = ModelDriver(model, make_pool(tmp_path_factory.mktemp("pool"), model.config, kv_dtype), range(1, 20))
+        result[kv_dtype] = [driver.logits({"a": [token]})["a"] for token in TOKENS]
+    return result
+
+
+def _chunks(rng: np.random.Generator, max_chunk: int) -> Iterator[list[int]]:
+    start = 0
+    while start < LENGTH:
+        size = int(rng.integers(1, max_chunk + 1))
+        yield TOKENS[start : start + size]
+        start += size
+
+
+def _same_as_alone(
+    driver: ModelDriver, chunks: Sequence[list[int]], expected: Sequence[npt.NDArray[np.float32]]
+) -> None:
+    end = 0
+    for chunk in chunks:
+        end += len(chunk)
+        assert np.array_equal(driver.logits({"a": chunk})["a"], expected[end - 1]), end
+
+
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("block_size", [8, 16, 32, 0])
+def test_bits_depend_on_neither_block_size_nor_chunks(
+    tmp_path: Path, model: Model, alone: dict[str, list[Any]], kv_dtype: str, block_size: int
+) -> None:
+    kv: KvView
+    if block_size:
+        kv = make_pool(tmp_path, model.config, kv_dtype, block_size)
+        blocks = np.random.default_rng(block_size).permutation(64).tolist()
+    else:
+        kv = make_contiguous(model.config, kv_dtype)
+        blocks = [kv.take()]
+    for max_chunk in (LENGTH, 70, 5):
+        rng = np.random.default_rng(max_chunk)
+        chunks = [TOKENS] if max_chunk == LENGTH else list(_chunks(rng, max_chunk))
+        _same_as_alone(ModelDriver(model, kv, blocks), chunks, alone[kv_dtype])
+
+
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "f16"])
+def test_bits_are_the_same_among_31_others(
+    tmp_path: Path, model: Model, alone: dict[str, list[Any]], kv_dtype: str
+) -> None:
+    rng = np.random.default_rng(21)
+    driver = ModelDriver(
+        model, make_pool(tmp_path, model.config, kv_dtype, num_blocks=700), rng.permutation(700).tolist()
+    )
+    end = 0
+    for chunk in _chunks(rng, 40):
+        end += len(chunk)
+        others = {f"other-{index}": rng.integers(0, 96, int(rng.choice([1, 1, 1, 7]))).tolist() for index in range(31)}
+        names = rng.permutation(["a", *others]).tolist()  # anywhere in the batch
+        logits = driver.logits({name: chunk if name == "a" else others[name] for name in names})
+        assert np.array_equal(logits["a"], alone[kv_dtype][end - 1]), end
+
+
+def test_bits_do_not_depend_on_what_stays_in_memory(
+    tmp_path: Path, directory: Path, alone: dict[str, list[Any]]
+) -> None:
+    model = load(directory, MlxOps(resident_bytes=0))
+    driver = ModelDriver(model, make_pool(tmp_path, model.config, "bf16"), range(1, 20))
+    _same_as_alone(driver, list(_chunks(np.random.default_rng(4), 30)), alone["bf16"])
+
+
+def _poison(pool: PagedKv, block_ids: Sequence[int]) -> None:
+    for block_id in block_ids:
+        pool.block(block_id)[...] = 0x7FC1 if pool.kv_dtype == "bf16" else np.nan
+
+
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "f16"])
+def test_s27_padding_is_never_read_and_block_0_is_a_real_block(
+    tmp_path: Path, model: Model, alone: dict[str, list[Any]], kv_dtype: str
+) -> None:
+    pool = make_pool(tmp_path, model.config, kv_dtype)
+    _poison(pool, range(pool.num_blocks))  # the padding, other sequences' blocks, and stale rows in its own
+    chunks = list(_chunks(np.random.default_rng(5), 20))
+    driver = ModelDriver(model, pool, range(1, 40), table_padding=0)
+    _same_as_alone(driver, chunks, alone[kv_dtype])
+    # Two of one group, one without context: the other's table is longer.
+    both = driver.logits({"a": TOKENS[:1], "b": TOKENS[:1]})
+    assert np.isfinite(both["a"]).all()
+    assert np.array_equal(both["b"], alone[kv_dtype][0])
+    real = ModelDriver(model, pool, [*range(40, 60), 0], table_padding=63)
+    _same_as_alone(real, chunks, alone[kv_dtype])
+    assert real.tables["a"][0] == 0
+
+
+def test_padding_may_even_be_out_of_range(tmp_path: Path, model: Model, alone: dict[str, list[Any]]) -> None:
+    pool = make_pool(tmp_path, model.config, "f32")
+    driver = ModelDriver(model, pool, range(1, 40), table_padding=-(2**31))
+    _same_as_alone(driver, list(_chunks(np.random.default_rng(6), 50)), alone["f32"])
+
+
+def test_s28_recycled_blocks_and_caches_start_empty(tmp_path: Path, model: Model, alone: dict[str, list[Any]]) -> None:
+    kv = make_contiguous(model.config)
+    cache = kv.take()
+    kv.block(cache)[...] = np.nan
+    for _ in range(2):
+        _same_as_alone(ModelDriver(model, kv, [cache]), [TOKENS[:50], TOKENS[50:]], alone["f32"])
+
+
+def test_s32_one_attention_call_per_layer_serves_the_whole_mixed_batch(
+    tmp_path: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(directory, MlxOps())
+    calls: list[tuple[int, int]] = []
+    original = MlxOps.attention
+
+    def attention(self: MlxOps, handle: Any, layer: int, q: Any, k: Any, v: Any, step: Any) -> Any:
+        calls.append((layer, len(q)))
+        return original(self, handle, layer, q, k, v, step)
+
+    monkeypatch.setattr(MlxOps, "attention", attention)
+    driver = ModelDriver(model, make_pool(tmp_path, model.config), range(64))
+    driver.sample({"a": TOKENS[:9], "b": TOKENS[:3]})
+    calls.clear()
+    driver.sample({"a": [1], "b": [2], "new": TOKENS[:30]})
+    assert calls == [(layer, 32) for layer in range(model.config.num_hidden_layers)]
+
+
+def test_a_step_writes_at_commit_only_and_only_its_slots(tmp_path: Path, model: Model) -> None:
+    pool = make_pool(tmp_path, model.config, "bf16", block_size=8)
+    driver = ModelDriver(model, pool, range(20, 40))
+    driver.logits({"a": TOKENS[:13]})
+    blocks = np.stack([pool.block(block_id).copy() for block_id in range(pool.num_blocks)])
+    batch = driver.batch({"a": TOKENS[13:18], "b": TOKENS[:4]})
+    abandoned = model.begin(batch, pool)
+    first = model.logits(abandoned)
+    assert all(np.array_equal(pool.block(block_id), blocks[block_id]) for block_id in range(pool.num_blocks))
+    step = model.begin(batch, pool)
+    assert np.array_equal(model.logits(step), first)
+    model.commit(step)
+    now = np.stack([pool.block(block_id) for block_id in range(pool.num_blocks)])
+    changed = (now != blocks).any(axis=(1, 2, 3, 5))  # [num_blocks, block_size]
+    assert np.flatnonzero(changed.ravel()).tolist() == sorted(batch.slot_mapping.tolist())
+
+
+def test_a_step_without_samples_commits_its_rows(tmp_path: Path, model: Model, alone: dict[str, list[Any]]) -> None:
+    pool = make_pool(tmp_path, model.config)
+    driver = ModelDriver(model, pool, range(1, 20))
+    batch = driver.batch({"a": TOKENS[:-1]})
+    object.__setattr__(batch, "sample_rows", np.empty(0, np.int32))
+    object.__setattr__(batch, "sampling", [])
+    step = model.begin(batch, pool)
+    assert len(model.forward(step).token_ids) == 0
+    model.commit(step)
+    driver.lengths["a"] = LENGTH - 1
+    assert np.array_equal(driver.logits({"a": TOKENS[-1:]})["a"], alone["f32"][-1])
+
+
+def test_a_step_never_copies_the_pool(tmp_path: Path, model: Model) -> None:
+    blocks_in_a_gib = (1 << 30) // make_pool(tmp_path, model.config).shape.stride_bytes
+    pool = make_pool(tmp_path, model.config, num_blocks=blocks_in_a_gib)  # sparse on disk
+    driver = ModelDriver(model, pool, [blocks_in_a_gib - 1, blocks_in_a_gib // 2, 0])
+    driver.sample({"a": TOKENS[:20]})
+    tracemalloc.start()
+    mx.reset_peak_memory()
+    for token in TOKENS[20:28]:
+        driver.sample({"a": [token]})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak + mx.get_peak_memory() < 64 << 20
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("f32", 0), ("bf16", 0), ("f16", 0), ("f32", 4), ("bf16", 8)])
+def test_a_row_of_a_product_is_the_same_alone_and_in_memory_or_not(tmp_path: Path, dtype: str, bits: int) -> None:
+    config = TinyConfig(vocab_size=1500, hidden_size=320, num_hidden_layers=1, dtype=dtype, bits=bits, head_dim=32)
+    checkpoint = open_checkpoint(write_tiny_checkpoint(tmp_path, config, seed=2))
+    tensors: LinearTensors = checkpoint.linear("lm_head", 1500, 320)
+    assert chunk_rows(1500, 320) < 1500  # it takes several products
+    resident, widened = Linear(tensors, Budget(1 << 30)), Linear(tensors, Budget(0))
+    rows = np.random.default_rng(1).standard_normal((37, 320)).astype(np.float32)
+    together = resident(rows)
+    assert np.array_equal(widened(rows), together)
+    for index in (0, 1, 17, 36):
+        assert np.array_equal(resident(rows[index : index + 1])[0], together[index])
+        assert np.array_equal(resident(rows[index:])[0], together[index])
+
+
+def test_it_says_what_it_computes() -> None:
+    ops = MlxOps()
+    assert ops.backend == "mlx"
+    assert ops.batch_invariant
+    assert ops.numerics_id.startswith("mlx-")
+    assert ops.numerics_id == MlxOps(resident_bytes=0).numerics_id
