@@ -70,9 +70,11 @@ class PagedKv:
         self.num_blocks = header.num_blocks
         dims = _block_dims(header.shape)
         strides = (header.shape.stride_bytes, *_contiguous_strides(dims, dtype.itemsize))
+        # np.frombuffer, because its arrays keep the mapping from being closed under them; those of np.ndarray do not.
+        mapped = np.frombuffer(self._map, np.uint8)
         # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
         self._blocks: npt.NDArray[Any] = np.ndarray(
-            (header.num_blocks, *dims), dtype, buffer=self._map, offset=DATA_OFFSET_BYTES, strides=strides
+            (header.num_blocks, *dims), dtype, buffer=mapped, offset=DATA_OFFSET_BYTES, strides=strides
         )
 
     @property
