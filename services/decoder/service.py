@@ -109,16 +109,12 @@ class DecoderService:
             self._health_task.cancel()
         if self._health is not None:
             await self._health.enter_graceful_shutdown()
-        grace_s = self._config.grace_s
-        server_stops: asyncio.Task[None] | None = None
-        if self._server is not None:
-            # New calls are refused from here on.
-            server_stops = asyncio.create_task(self._server.stop(grace_s + _LAST_WORDS_S))
         if self._engine is not None and not self.is_loading:
-            engine = self._engine
+            engine, grace_s = self._engine, self._config.grace_s
+            # The engine refuses new requests, not gRPC, which would cancel them without a reason.
             await _in_thread(lambda: engine.stop(grace_s))
-        if server_stops is not None:
-            await server_stops
+        if self._server is not None:
+            await self._server.stop(_LAST_WORDS_S)
         if self._watch is not None and not self.is_loading:
             await self._watch.close()
         _log.info("stopped")
