@@ -102,16 +102,12 @@ async def test_an_exhausted_pool_is_told_with_its_details_and_leaks_nothing(pair
 
 async def test_a_request_larger_than_the_whole_pool_never_fits(processes: Processes) -> None:
     manager = processes.start_manager(num_blocks=2)
-    decoder = processes.start_decoder(manager, "--kv-capacity", "128", "--reserve", "full", wait=False)
-    # Either the manager refuses such a worker, or each such request.
-    until(lambda: decoder.process.poll() is not None or bool(decoder.events("serving")), "it has decided")
-    if decoder.process.poll() is not None:
-        assert "num-blocks" in decoder.log() or "kv-capacity" in decoder.log()
-        return
-    decoder.wait_serving()
+    decoder = processes.start_decoder(manager, "--kv-capacity", "128", "--reserve", "full")
     async with stub_of(decoder.address) as stub:
         received = await receive(stub, long_request(max_tokens=100))
-    assert received.code is grpc.StatusCode.OUT_OF_RANGE
+    assert (received.code, received.reason) == (grpc.StatusCode.OUT_OF_RANGE, "NEVER_FITS")
+    assert "--num-blocks" in received.status.message
+    manager.wait_all_free()
 
 
 async def test_row_s23_without_its_manager_a_decoder_refuses_and_says_so_and_recovers(processes: Processes) -> None:
