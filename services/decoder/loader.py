@@ -11,10 +11,9 @@ from typing import Any
 from services.decoder.errors import CheckpointError
 from services.decoder.ops.base import ExpertTensors, LinearTensors, Tensor
 from services.decoder.quantization import Quantization, read_quantization
-from services.decoder.safetensors_file import MappedTensor, TensorSlice, map_tensors
+from services.decoder.safetensors_file import FLOAT_TYPES, MappedTensor, TensorSlice, map_tensors
 
 INDEX_NAME = "model.safetensors.index.json"
-_FLOAT_TYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,18 +29,11 @@ class Checkpoint:
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> MappedTensor:
         """A tensor that must be there, with the shape it must have."""
-        tensor = self.tensors.get(name)
-        if tensor is None:
-            files = ", ".join(path.name for path in self.weight_files)
-            raise CheckpointError(f"{self.directory}: tensor {name} is missing from {files}; download the model again")
-        if shape is not None and tensor.shape != shape:
-            raise CheckpointError(
-                f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}"
-            )
-        if tensor.dtype not in _FLOAT_TYPES and f"{name.removesuffix('.weight')}.scales" not in self.tensors:
+        tensor = self._present(name, shape)
+        if tensor.dtype not in FLOAT_TYPES:
             raise CheckpointError(
                 f"{tensor.file}: tensor {name} has dtype {tensor.dtype} and no .scales beside it; convert it to one "
-                f"of {', '.join(_FLOAT_TYPES)}, or quantise it with mlx_lm.convert"
+                f"of {', '.join(FLOAT_TYPES)}, or quantise it with mlx_lm.convert"
             )
         return tensor
 
@@ -54,11 +46,11 @@ class Checkpoint:
         if f"{prefix}.scales" not in self.tensors:
             weight = self.tensor(f"{prefix}.weight", (*stack, out_features, in_features))
             return LinearTensors(weight, bias=bias_tensor)
-        scales, weight = self.tensor(f"{prefix}.scales"), self.tensor(f"{prefix}.weight")
+        scales, weight = self._present(f"{prefix}.scales"), self._present(f"{prefix}.weight")
         bits, group_size = self.quantization.of(prefix, weight, scales, in_features)
         groups = (*stack, out_features, in_features // group_size)
         return LinearTensors(
-            weight=self.tensor(weight.name, (*stack, out_features, in_features * bits // 32)),
+            weight=self._present(weight.name, (*stack, out_features, in_features * bits // 32)),
             scales=self.tensor(scales.name, groups),
             biases=self.tensor(f"{prefix}.biases", groups),
             bits=bits,
@@ -91,6 +83,17 @@ class Checkpoint:
             for name, size in sizes.items()
         ]
         return single[0], single[1], single[2]
+
+    def _present(self, name: str, shape: tuple[int, ...] | None = None) -> MappedTensor:
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            files = ", ".join(path.name for path in self.weight_files)
+            raise CheckpointError(f"{self.directory}: tensor {name} is missing from {files}; download the model again")
+        if shape is not None and tensor.shape != shape:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}"
+            )
+        return tensor
 
 
 def open_checkpoint(model_dir: Path) -> Checkpoint:

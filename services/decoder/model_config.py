@@ -180,10 +180,5 @@ def _eos_token_ids(checkpoint: Checkpoint, vocab_size: int) -> tuple[int, ...]:
 
 
 def _kv_dtype(checkpoint: Checkpoint) -> str:
-    norm = checkpoint.tensor("model.norm.weight")
-    if norm.dtype not in _KV_DTYPES:
-        raise CheckpointError(
-            f"{checkpoint.directory}: tensor model.norm.weight has dtype {norm.dtype}; "
-            f"convert it to one of {', '.join(_KV_DTYPES)}"
-        )
-    return _KV_DTYPES[norm.dtype]
+    """The dtype of the checkpoint's unquantised tensors; config.json's own word for it is often stale."""
+    return _KV_DTYPES[checkpoint.tensor("model.norm.weight").dtype]

@@ -8,6 +8,7 @@ from typing import Any
 
 from services.decoder.errors import CheckpointError
 from services.decoder.ops.base import Tensor
+from services.decoder.safetensors_file import FLOAT_TYPES
 
 SERVED_BITS = (4, 8)
 SERVED_GROUP_SIZES = (32, 64, 128)
@@ -19,11 +20,11 @@ class Quantization:
     """What config.json states; the shapes of the tensors decide, as in mlx-lm, and a contradiction is refused."""
 
     where: str
-    overrides: Mapping[str, Mapping[str, Any]]  # by the layer's path
+    overrides: Mapping[str, tuple[str, Mapping[str, Any]]]  # by the layer's path: the key it stands under, and options
 
     def of(self, prefix: str, weight: Tensor, scales: Tensor, in_features: int) -> tuple[int, int]:
         """(bits, group_size) of a layer that has scales."""
-        if scales.dtype == "U32" or weight.dtype != "U32" or not weight.shape or not scales.shape:
+        if scales.dtype not in FLOAT_TYPES or weight.dtype != "U32" or not weight.shape or not scales.shape:
             raise CheckpointError(
                 f"{self.where}: {prefix} is quantised as {weight.dtype} with {scales.dtype} scales; served is MLX's "
                 "affine mode, uint32 with float scales"
@@ -35,18 +36,18 @@ class Quantization:
                 f"{self.where}: {prefix} is packed with {weight.shape[-1] * 32 / in_features:g} bits in groups of "
                 f"{in_features / scales.shape[-1]:g}; served are bits {SERVED_BITS} and groups {SERVED_GROUP_SIZES}"
             )
-        stated = self.overrides.get(prefix, {})
-        for key, value in (("bits", bits), ("group_size", group_size)):
-            if stated.get(key, value) != value:
+        key, stated = self.overrides.get(prefix, ("", {}))
+        for option, value in (("bits", bits), ("group_size", group_size)):
+            if stated.get(option, value) != value:
                 raise CheckpointError(
-                    f"{self.where}: quantization.{prefix}.{key} is {stated[key]}, but the tensors have {value}"
+                    f"{self.where}: {key}.{prefix}.{option} is {stated[option]}, but the tensors have {value}"
                 )
         return bits, group_size
 
 
 def read_quantization(config: Mapping[str, Any], where: str) -> Quantization:
     """Reads `quantization` (MLX) and `quantization_config` (its copy, or another library's, which is refused)."""
-    overrides: dict[str, Mapping[str, Any]] = {}
+    overrides: dict[str, tuple[str, Mapping[str, Any]]] = {}
     for key in ("quantization_config", "quantization"):
         options = config.get(key)
         if options is None:
@@ -57,7 +58,7 @@ def read_quantization(config: Mapping[str, Any], where: str) -> Quantization:
         for path, value in options.items():
             if isinstance(value, Mapping):
                 _check_options(value, f"{where}: {key}.{path}")
-                overrides[path] = value
+                overrides[path] = (key, value)
             elif path not in _OPTIONS and not isinstance(value, bool):
                 raise CheckpointError(f"{where}: {key}.{path} is not served; convert the model with mlx_lm.convert")
     return Quantization(where, overrides)
