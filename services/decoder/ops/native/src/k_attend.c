@@ -1,0 +1,195 @@
+/* Paged attention of a few rows: K/V is read in place, widened KV_TILE tokens at a time, and shared by all rows and heads.
+ *
+ * Tiles and splits begin at absolute positions, so a row's result depends on its own position alone. */
+#include "kernels.h"
+#include "simd.h"
+
+enum { PAIR = 2 };
+
+/* Where token `at` of the sequence has its row of K (value 0) or V (value 1). */
+static const uint8_t *row_of(const attention_task *task, int64_t at, int value, int64_t element) {
+    if (at >= task->context_len) {
+        const uint8_t *own = value ? task->own_v : task->own_k;
+        return own + (at - task->context_len) * task->own_stride + task->kv_head * task->head_dim * element;
+    }
+    const uint8_t *block = (const uint8_t *)(uintptr_t)task->blocks[at / task->block_size];
+    return block + task->layer_offset + value * task->value_offset + task->kv_head * task->head_stride +
+           at % task->block_size * task->token_stride;
+}
+
+INLINE void widen_row(const uint8_t *row, int64_t n, int format, float *out) {
+    int64_t i = 0;
+    if (format == FORMAT_BF16) {
+        const uint16_t *p = (const uint16_t *)row;
+        for (; i + 8 <= n; i += 8) f8_store(out + i, f8_of_bf16(p + i));
+        for (; i < n; i++) out[i] = float_of_bf16(p[i]);
+    } else if (format == FORMAT_F16) {
+        const uint16_t *p = (const uint16_t *)row;
+        for (; i + 8 <= n; i += 8) f8_store(out + i, f8_of_f16(p + i));
+        for (; i < n; i++) out[i] = float_of_f16(p[i]);
+    } else {
+        memcpy(out, row, (size_t)n * 4);
+        i = n;
+    }
+    for (; i % 8; i++) out[i] = 0;
+}
+
+/* Tokens [begin, begin + n) to floats, `width` apart. */
+static void widen_tile(const attention_task *task, int64_t begin, int n, int value, int64_t width, float *out) {
+    int64_t element = task->kv_format == FORMAT_F32 ? 4 : 2;
+    for (int i = 0; i < n; i++)
+        widen_row(row_of(task, begin + i, value, element), task->head_dim, task->kv_format, out + i * width);
+}
+
+/* scores[h][i] = scale * q[h] . k[i] for HEADS heads and n tokens (rounded up to whole fours, which are there). */
+INLINE void score_tile(const int HEADS, const float *const *q, const float *k, int64_t width, int n, float scale,
+                       float (*scores)[KV_TILE]) {
+    for (int i = 0; i < n; i += 4) {
+        f32x8 acc[PAIR][4];
+        UNROLL for (int h = 0; h < HEADS; h++)
+            UNROLL for (int j = 0; j < 4; j++) acc[h][j] = f8_zero();
+        for (int64_t d = 0; d < width; d += 8) {
+            f32x8 row[4];
+            UNROLL for (int j = 0; j < 4; j++) row[j] = f8_load(k + (i + j) * width + d);
+            UNROLL for (int h = 0; h < HEADS; h++) {
+                f32x8 query = f8_load(q[h] + d);
+                UNROLL for (int j = 0; j < 4; j++) acc[h][j] = f8_fma(query, row[j], acc[h][j]);
+            }
+        }
+        UNROLL for (int h = 0; h < HEADS; h++)
+            UNROLL for (int j = 0; j < 4; j++) scores[h][i + j] = f8_sum(acc[h][j]) * scale;
+    }
+}
+
+/* Turns scores [first, end) into weights, all others into 0, and folds them into the running largest and total.
+ * Returns what the values so far must be multiplied by. */
+INLINE float weigh(float *scores, int first, int end, float *largest, float *total) {
+    float peak = *largest;
+    for (int i = first; i < end; i++) peak = scores[i] > peak ? scores[i] : peak;
+    f32x8 sum = f8_zero(), m = f8_set1(peak);
+    for (int i = 0; i < KV_TILE; i += 8) f8_store(scores + i, f8_exp(f8_sub(f8_load(scores + i), m)));
+    for (int i = 0; i < first; i++) scores[i] = 0;
+    for (int i = end; i < KV_TILE; i++) scores[i] = 0;
+    for (int i = 0; i < KV_TILE; i += 8) sum = f8_add(sum, f8_load(scores + i));
+    float fade[8];
+    f8_store(fade, f8_exp(f8_sub(f8_set1(*total > 0 ? *largest : peak), m)));
+    *total = *total * fade[0] + f8_sum(sum);
+    *largest = peak;
+    return fade[0];
+}
+
+/* values[h] = fade[h] * values[h] + the weighted sum of v[i], first <= i < end. */
+INLINE void add_values(const int HEADS, float *const *values, const float *fade, float (*weights)[KV_TILE],
+                       const float *v, int64_t width, int first, int end) {
+    int64_t d = 0;
+    for (; d + 32 <= width; d += 32) {
+        f32x8 acc[PAIR][4];
+        UNROLL for (int h = 0; h < HEADS; h++)
+            UNROLL for (int j = 0; j < 4; j++) acc[h][j] = f8_mul(f8_load(values[h] + d + 8 * j), f8_set1(fade[h]));
+        for (int i = first; i < end; i++) {
+            f32x8 row[4];
+            UNROLL for (int j = 0; j < 4; j++) row[j] = f8_load(v + i * width + d + 8 * j);
+            UNROLL for (int h = 0; h < HEADS; h++) {
+                f32x8 weight = f8_set1(weights[h][i]);
+                UNROLL for (int j = 0; j < 4; j++) acc[h][j] = f8_fma(weight, row[j], acc[h][j]);
+            }
+        }
+        UNROLL for (int h = 0; h < HEADS; h++)
+            UNROLL for (int j = 0; j < 4; j++) f8_store(values[h] + d + 8 * j, acc[h][j]);
+    }
+    for (; d < width; d += 8) {
+        UNROLL for (int h = 0; h < HEADS; h++) {
+            f32x8 acc = f8_mul(f8_load(values[h] + d), f8_set1(fade[h]));
+            for (int i = first; i < end; i++) acc = f8_fma(f8_set1(weights[h][i]), f8_load(v + i * width + d), acc);
+            f8_store(values[h] + d, acc);
+        }
+    }
+}
+
+/* HEADS heads of one row against one tile. */
+INLINE void attend_heads(const int HEADS, const float *const *q, const float *k, const float *v, int64_t width,
+                         int first, int end, float scale, float *largest, float *total, float *const *values) {
+    float scores[PAIR][KV_TILE], fade[PAIR];
+    for (int h = 0; h < HEADS; h++) memset(scores[h], 0, sizeof scores[h]);
+    score_tile(HEADS, q, k, width, end, scale, scores);
+    for (int h = 0; h < HEADS; h++) fade[h] = weigh(scores[h], first, end, largest + h, total + h);
+    add_values(HEADS, values, fade, scores, v, width, first, end);
+}
+
+/* All heads of row i against the tile that begins at `begin` and has n tokens. */
+static void attend_row(const attention_task *task, int64_t i, int64_t begin, int n, const float *k, const float *v,
+                       int64_t width, float *padded, softmax_state out) {
+    int64_t heads = task->num_heads / task->num_kv_heads, position = task->first_position + i;
+    int64_t from = task->window && position >= task->window ? position - task->window + 1 - begin : 0;
+    int first = from < 0 ? 0 : from > n ? n : (int)from;
+    int end = position - begin + 1 < n ? (int)(position - begin + 1) : n;
+    if (first >= end) return;
+    for (int64_t h = 0; h < heads; h += PAIR) {
+        const float *q[PAIR];
+        float *values[PAIR];
+        int count = heads - h < PAIR ? 1 : PAIR;
+        for (int j = 0; j < count; j++) {
+            q[j] = task->q + i * task->q_stride + (task->kv_head * heads + h + j) * task->head_dim;
+            if (width != task->head_dim) {
+                memcpy(padded + j * width, q[j], (size_t)task->head_dim * sizeof *padded);
+                q[j] = padded + j * width;
+            }
+            values[j] = out.values + (i * heads + h + j) * width;
+        }
+        float *largest = out.largest + i * heads + h, *total = out.total + i * heads + h;
+        if (count == PAIR) {
+            attend_heads(PAIR, q, k, v, width, first, end, task->scale, largest, total, values);
+        } else {
+            attend_heads(1, q, k, v, width, first, end, task->scale, largest, total, values);
+        }
+    }
+}
+
+void ISA(attend)(const attention_task *task, int64_t split, softmax_state out) {
+    int64_t width = (task->head_dim + 7) / 8 * 8, heads = task->num_heads / task->num_kv_heads;
+    _Alignas(64) float k[KV_TILE * MAX_HEAD_DIM], v[KV_TILE * MAX_HEAD_DIM], padded[PAIR * MAX_HEAD_DIM];
+    for (int64_t i = 0; i < task->num_rows * heads; i++) out.largest[i] = -__builtin_inff();
+    memset(out.total, 0, (size_t)(task->num_rows * heads) * sizeof *out.total);
+    memset(out.values, 0, (size_t)(task->num_rows * heads * width) * sizeof *out.values);
+    if (width != task->head_dim) memset(padded, 0, sizeof padded);
+    int64_t begin = split * KV_SPLIT, stop = task->first_position + task->num_rows;
+    if (stop > begin + KV_SPLIT) stop = begin + KV_SPLIT;
+    if (task->window && task->first_position >= task->window) {
+        int64_t seen = (task->first_position - task->window + 1) / KV_TILE * KV_TILE;
+        if (seen > begin) begin = seen;
+    }
+    for (; begin < stop; begin += KV_TILE) {
+        int n = stop - begin < KV_TILE ? (int)(stop - begin) : KV_TILE;
+        widen_tile(task, begin, n, 0, width, k);
+        widen_tile(task, begin, n, 1, width, v);
+        for (int i = n; i % 4; i++) memset(k + i * width, 0, (size_t)width * sizeof *k);
+        for (int64_t i = 0; i < task->num_rows; i++) attend_row(task, i, begin, n, k, v, width, padded, out);
+    }
+}
+
+void ISA(merge)(softmax_state sum, softmax_state part, int64_t num_rows, int64_t head_dim) {
+    int64_t width = (head_dim + 7) / 8 * 8;
+    for (int64_t r = 0; r < num_rows; r++) {
+        if (!(part.total[r] > 0)) continue;
+        float *values = sum.values + r * width;
+        const float *more = part.values + r * width;
+        if (!(sum.total[r] > 0)) {
+            sum.largest[r] = part.largest[r];
+            sum.total[r] = part.total[r];
+            memcpy(values, more, (size_t)width * sizeof *values);
+            continue;
+        }
+        float peak = sum.largest[r] > part.largest[r] ? sum.largest[r] : part.largest[r], fades[8];
+        f8_store(fades, f8_exp(f8_sub(f8_halves(sum.largest[r], part.largest[r]), f8_set1(peak))));
+        f32x8 fade = f8_set1(fades[0]), gain = f8_set1(fades[4]);
+        for (int64_t d = 0; d < width; d += 8)
+            f8_store(values + d, f8_fma(f8_load(values + d), fade, f8_mul(f8_load(more + d), gain)));
+        sum.total[r] = sum.total[r] * fades[0] + part.total[r] * fades[4];
+        sum.largest[r] = peak;
+    }
+}
+
+void ISA(scale_out)(const float *values, float total, int64_t n, float *out) {
+    float factor = 1.0f / total;
+    for (int64_t i = 0; i < n; i++) out[i] = values[i] * factor;
+}

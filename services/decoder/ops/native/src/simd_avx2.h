@@ -1,0 +1,113 @@
+/* Eight floats and the byte dot products, with AVX2, FMA and F16C; 256-bit VNNI where the file is compiled for it. */
+#ifndef LH_SIMD_AVX2_H
+#define LH_SIMD_AVX2_H
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef __m256 f32x8;
+typedef __m256i bytes32;
+
+static inline f32x8 f8_zero(void) { return _mm256_setzero_ps(); }
+static inline f32x8 f8_set1(float a) { return _mm256_set1_ps(a); }
+static inline f32x8 f8_load(const float *p) { return _mm256_loadu_ps(p); }
+static inline void f8_store(float *p, f32x8 a) { _mm256_storeu_ps(p, a); }
+static inline f32x8 f8_add(f32x8 a, f32x8 b) { return _mm256_add_ps(a, b); }
+static inline f32x8 f8_sub(f32x8 a, f32x8 b) { return _mm256_sub_ps(a, b); }
+static inline f32x8 f8_mul(f32x8 a, f32x8 b) { return _mm256_mul_ps(a, b); }
+static inline f32x8 f8_div(f32x8 a, f32x8 b) { return _mm256_div_ps(a, b); }
+static inline f32x8 f8_max(f32x8 a, f32x8 b) { return _mm256_max_ps(a, b); }
+static inline f32x8 f8_min(f32x8 a, f32x8 b) { return _mm256_min_ps(a, b); }
+static inline f32x8 f8_fma(f32x8 a, f32x8 b, f32x8 c) { return _mm256_fmadd_ps(a, b, c); }
+static inline f32x8 f8_abs(f32x8 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+static inline f32x8 f8_round(f32x8 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+/* ((0+4)+(2+6)) + ((1+5)+(3+7)), the same tree in every variant. */
+static inline float f8_sum(f32x8 a) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+static inline float f8_largest(f32x8 a) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+/* 2^n for whole n in [-126, 127]. */
+static inline f32x8 f8_exp2_whole(f32x8 n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+
+static inline f32x8 f8_of_bf16(const uint16_t *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+static inline f32x8 f8_of_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+static inline f32x8 f8_of_u8(const uint8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+static inline f32x8 f8_of_i8(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+/* Eight 4-bit numbers, the low nibble of each byte first. */
+static inline f32x8 f8_of_u4(const uint8_t *p) {
+    uint32_t word;
+    memcpy(&word, p, sizeof word);
+    __m256i shifted = _mm256_srlv_epi32(_mm256_set1_epi32((int)word), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    return _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(15)));
+}
+/* Rounds to whole numbers in [-127, 127]. */
+static inline void f8_to_i8(int8_t *p, f32x8 a) {
+    __m256i words = _mm256_cvtps_epi32(a);
+    __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(halves, halves));
+}
+static inline void f8_to_f16(uint16_t *p, f32x8 a) {
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+static inline bytes32 b32_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+/* 16 bytes, then zeros. */
+static inline bytes32 b32_load_half(const void *p) {
+    return _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)p));
+}
+static inline bytes32 b32_low_nibbles(bytes32 w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); }
+static inline bytes32 b32_high_nibbles(bytes32 w) {
+    return _mm256_and_si256(_mm256_srli_epi16(w, 4), _mm256_set1_epi8(15));
+}
+/* Unsigned bytes less 128. */
+static inline bytes32 b32_to_signed(bytes32 w) { return _mm256_xor_si256(w, _mm256_set1_epi8((char)0x80)); }
+
+/* Lane i: the sum over bytes 4i .. 4i+3 of low * even + high * odd; low and high at most 15, even and odd signed. */
+static inline f32x8 dot_nibbles(bytes32 low, bytes32 high, bytes32 even, bytes32 odd) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    __m256i sum = _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(_mm256_setzero_si256(), low, even), high, odd);
+#else
+    __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, even), _mm256_maddubs_epi16(high, odd));
+    __m256i sum = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#endif
+    return _mm256_cvtepi32_ps(sum);
+}
+
+/* Lane i: the sum over bytes 4i .. 4i+3 of w * a, w in [-128, 127], a in [-127, 127]. |w| * a stays within an int16 pair. */
+static inline __m256i dot_signed(bytes32 w, bytes32 a) {
+    __m256i magnitude = _mm256_abs_epi8(w), with_sign = _mm256_sign_epi8(a, w);
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_dpbusd_epi32(_mm256_setzero_si256(), magnitude, with_sign);
+#else
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, with_sign), _mm256_set1_epi16(1));
+#endif
+}
+static inline f32x8 dot_bytes(bytes32 w, bytes32 a) { return _mm256_cvtepi32_ps(dot_signed(w, a)); }
+static inline f32x8 dot_bytes2(bytes32 w0, bytes32 a0, bytes32 w1, bytes32 a1) {
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(dot_signed(w0, a0), dot_signed(w1, a1)));
+}
+
+/* a in lanes 0 to 3, b in lanes 4 to 7. */
+static inline f32x8 f8_halves(float a, float b) { return _mm256_set_m128(_mm_set1_ps(b), _mm_set1_ps(a)); }
+
+static inline void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+
+#endif
