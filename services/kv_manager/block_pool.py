@@ -1,4 +1,4 @@
-"""Which block is free, and which worker slots hold the others. Knows blocks and slots, not leases or sessions.
+"""Which block is free, which worker slots hold the others, and which content is where. Knows no leases or sessions.
 
 A *reference* is one place in one table. An unsealed block has exactly one; a sealed or void block has any number, also
 several of one slot. Memory is the truth while the manager runs, and every header is made to say the same before a
@@ -7,12 +7,13 @@ reply leaves.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
 from services.kv_manager import meta_format as fmt
-from services.kv_manager.errors import ManagerError
+from services.kv_manager.errors import ManagerError, StorageFullError
+from services.kv_manager.events import EventRing
 from services.kv_manager.meta_file import leased_record
 from services.kv_manager.meta_format import Content
 from services.kv_manager.pool_file import PoolFiles
@@ -42,8 +43,8 @@ class NoFreeBlocksError(ManagerError):
 class BlockPool:
     """The blocks of one pool. Each method is all or nothing, and O(1) a block."""
 
-    def __init__(self, files: PoolFiles) -> None:
-        """Every block is free; recovery.py fills in what the files say."""
+    def __init__(self, files: PoolFiles, events: EventRing) -> None:
+        """Every block is free; recovery.py fills in what the files say. events hears what is stored and removed."""
         num_blocks = files.num_blocks
         self.files = files
         self.num_blocks = num_blocks
@@ -56,14 +57,24 @@ class BlockPool:
         self._counts = [num_blocks, 0, 0, 0, 0]
         # Sealed blocks, and void ones with None.
         self._contents: dict[int, Content | None] = {}
+        # Content hash of every sealed block.
+        self._index: dict[bytes, int] = {}
+        # CACHED blocks, the next to be evicted first. OrderedDict, because a plain dict's front is not O(1).
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        # Blocks whose bytes are being read, and how often: not to be evicted.
+        self._pins: Counter[int] = Counter()
+        self._events = events
+        self.num_unverified = 0
+        self.num_evicted = 0
         self._shared: list[dict[int, int]] = [{} for _ in range(fmt.NUM_SLOTS)]
         self._leased_records: list[bytes] = [b""] * fmt.NUM_SLOTS
         self._revoked_slots = 0
 
     @property
-    def num_free(self) -> int:
-        """Blocks that an Acquire can have at once."""
-        return len(self._free)
+    def num_available(self) -> int:
+        """Blocks that a lease can have at once: free ones, and cached ones that can be evicted."""
+        pinned = sum(block in self._cached for block in self._pins) if self._pins else 0
+        return len(self._free) + len(self._cached) - pinned
 
     def counts(self) -> dict[BlockState, int]:
         """Number of blocks in each state."""
@@ -87,6 +98,9 @@ class BlockPool:
             self._holders[block] = holders
             if is_shared:
                 self._contents[block] = content
+            if content is not None:
+                self._index[content.content_hash] = block
+                self.num_unverified += 1
             while holders:
                 slot = holders.bit_length() - 1
                 holders &= ~(1 << slot)
@@ -95,24 +109,58 @@ class BlockPool:
                     self._shared[slot][block] = 1
             self._recount(block)
         self._free = [block for block in range(self.num_blocks - 1, -1, -1) if self._states[block] == _FREE]
+        self._cached = OrderedDict.fromkeys(self._deepest_first())
         return held
+
+    def _deepest_first(self) -> list[int]:
+        """The cached blocks, each before its parent; nothing else is known about their order after a restart."""
+        depths: dict[int, int] = {}
+        for start in self._index.values():
+            chain = []
+            block: int | None = start
+            while block is not None and block not in depths:
+                chain.append(block)
+                depths[block] = 0  # ends a cycle, which only a damaged file could have
+                block = self._index.get(self._require_content(block).parent_hash)
+            depth = depths[block] if block is not None else 0
+            for block in reversed(chain):
+                depth += 1
+                depths[block] = depth
+        cached = [block for block in self._index.values() if not self._holders[block]]
+        return sorted(cached, key=depths.__getitem__, reverse=True)
 
     def is_shared(self, block: int) -> bool:
         """Whether the block may have several references: it is sealed or void."""
         return block in self._contents
+
+    def is_last_reference(self, slot: int, block: int) -> bool:
+        """Whether the block becomes available when the slot drops one reference to it."""
+        return self._holders[block] == 1 << slot and self._shared[slot].get(block, 1) == 1
 
     def open_slot(self, slot: int, epoch: int) -> None:
         """Prepares a slot for a session's blocks."""
         self._leased_records[slot] = leased_record(slot, epoch)
 
     def take(self, slot: int, count: int) -> list[int]:
-        """Leases count free blocks to the slot; raises NoFreeBlocksError or StorageFullError and changes nothing."""
-        if count > len(self._free):
-            raise NoFreeBlocksError(f"{count} blocks asked for, {len(self._free)} free")
+        """Leases count blocks to the slot, free ones first, then the longest unused cached ones.
+
+        Raises NoFreeBlocksError or StorageFullError; no lease is changed then.
+        """
         if count <= 0:
             return []
+        if count > len(self._free):
+            if count > self.num_available:
+                raise NoFreeBlocksError(f"{count} blocks asked for, {self.num_available} available")
+            self._evict(count - len(self._free))
         blocks = self._free[: -count - 1 : -1]
-        self._data.ensure(blocks)
+        try:
+            self._data.ensure(blocks)
+        except StorageFullError:
+            if count > self.num_available - len(self._free):
+                raise
+            # The disk is full, but cached blocks have their room already.
+            self._evict(count)
+            blocks = self._free[: -count - 1 : -1]
         try:
             self._meta.write_leased(blocks, self._leased_records[slot])
         except BaseException:
@@ -128,6 +176,17 @@ class BlockPool:
         self._counts[_FREE] -= count
         self._counts[state] += count
         return blocks
+
+    def _evict(self, count: int) -> None:
+        victims: list[int] = []
+        for block in self._cached:
+            if len(victims) == count:
+                break
+            if block not in self._pins:
+                victims.append(block)
+        for block in victims:
+            self.discard(block)
+        self.num_evicted += len(victims)
 
     def drop(self, slot: int, blocks: Sequence[int]) -> int:
         """Drops one reference of the slot for each entry of blocks; answers how many blocks nobody holds any more.
@@ -162,6 +221,83 @@ class BlockPool:
             self._set_holders(block, self._holders[block] | 1 << slot)
         references[block] = count + 1
 
+    def seal(self, slot: int, block: int, content: Content) -> int:
+        """Makes the slot's unsealed block immutable and findable; answers the block that holds the content.
+
+        That is another one, with a reference for the slot, when the content was there already; the block stays unsealed
+        then. Content that has not been verified since a restart gives way to the new one.
+        """
+        existing = self._index.get(content.content_hash)
+        if existing is not None:
+            if self._require_content(existing).verified:
+                self.share(slot, existing)
+                return existing
+            self.discard(existing)
+        try:
+            self._meta.write_sealed(block, self._holders[block], content)
+        except BaseException:
+            self._rewrite([block])
+            raise
+        self._contents[block] = content
+        self._index[content.content_hash] = block
+        self._shared[slot][block] = 1
+        self._recount(block)
+        self._events.stored(content)
+        return block
+
+    def find(self, content_hash: bytes) -> int | None:
+        """The block that holds the content, verified or not."""
+        return self._index.get(content_hash)
+
+    def content(self, block: int) -> Content | None:
+        """What a sealed block holds; None for any other block."""
+        return self._contents.get(block)
+
+    def sealed_blocks(self) -> list[int]:
+        """Every block whose content can be found."""
+        return list(self._index.values())
+
+    def cached_blocks(self) -> list[int]:
+        """Every cached block, the next to be evicted first."""
+        return list(self._cached)
+
+    def discard(self, block: int) -> None:
+        """Makes a sealed block's content unfindable for good; the block becomes free as soon as nobody holds it."""
+        content = self._require_content(block)
+        holders = self._holders[block]
+        if holders:
+            self._meta.write_void(block, holders)
+            self._contents[block] = None
+        else:
+            self._meta.write_free([block])
+            del self._contents[block]
+            del self._cached[block]
+            self._free.append(block)
+        del self._index[content.content_hash]
+        self.num_unverified -= not content.verified
+        self._recount(block)
+        self._events.removed(content)
+
+    def mark_verified(self, block: int) -> None:
+        """Notes that the block's bytes match their checksum."""
+        content = self._require_content(block)
+        self.num_unverified -= not content.verified
+        content.verified = True
+
+    def is_cached(self, block: int) -> bool:
+        """Whether nobody holds the sealed block."""
+        return block in self._cached
+
+    def pin(self, block: int) -> None:
+        """Keeps a block from eviction until unpin."""
+        self._pins[block] += 1
+
+    def unpin(self, block: int) -> None:
+        """Takes one pin back."""
+        self._pins[block] -= 1
+        if not self._pins[block]:
+            del self._pins[block]
+
     def set_revoked(self, slot: int, revoked: bool, blocks: Sequence[int]) -> None:
         """Marks a slot as revoked or healthy; blocks is all that it holds."""
         bit = 1 << slot
@@ -192,8 +328,19 @@ class BlockPool:
             self._meta.write_free([block])
             del self._contents[block]
             self._free.append(block)
+        if content is not None:
+            if not holders:
+                self._cached[block] = None
+            elif not self._holders[block]:
+                del self._cached[block]
         self._holders[block] = holders
         self._recount(block)
+
+    def _require_content(self, block: int) -> Content:
+        content = self._contents.get(block)
+        if content is None:
+            raise KeyError(f"block {block} is not sealed")
+        return content
 
     def _recount(self, block: int) -> None:
         state = self._derived_state(block)
@@ -221,46 +368,3 @@ class BlockPool:
                 self._meta.write_leased([block], self._leased_records[holders.bit_length() - 1])
             else:
                 self._meta.write_free([block])
-
-    def check(self) -> None:
-        """Proves that free list, states, holders, references, counts and headers agree; raises AssertionError."""
-        free = set(self._free)
-        assert len(free) == len(self._free), "a block is in the free list twice"
-        counts = [0] * len(BlockState)
-        for block in range(self.num_blocks):
-            state, holders = self._states[block], self._holders[block]
-            counts[state] += 1
-            assert state == self._derived_state(block), f"block {block} counts as {BlockState(state).name}"
-            assert (state == _FREE) == (block in free), f"block {block} is {BlockState(state).name}; free list differs"
-            if block in self._contents:
-                sharers = sum(1 << slot for slot, shared in enumerate(self._shared) if block in shared)
-                assert sharers == holders, f"block {block}: holders {holders:b}, references of {sharers:b}"
-            else:
-                assert holders.bit_count() <= 1, f"unsealed block {block} has holders {holders:b}"
-        assert counts == self._counts, f"counts are {self._counts} and should be {counts}"
-        assert sum(counts) == self.num_blocks
-        self._check_headers()
-
-    def check_references(self, tables: Mapping[int, Sequence[int]]) -> None:
-        """Proves that the holders are exactly those whose tables, one list of references a slot, name the block."""
-        holders = [0] * self.num_blocks
-        for slot, references in tables.items():
-            for block, count in Counter(references).items():
-                holders[block] |= 1 << slot
-                expected = self._shared[slot].get(block, 0) if block in self._contents else 1
-                assert count == expected, f"slot {slot} has block {block} in {count} tables, and {expected} references"
-        assert holders == self._holders, "holders differ from the tables"
-
-    def _check_headers(self) -> None:
-        states = self._meta.header_states()
-        for block, on_file in enumerate(states):
-            holders = self._holders[block]
-            if on_file == fmt.FREE:
-                assert block not in self._contents, f"sealed block {block} is FREE on file"
-                assert not holders, f"block {block} is FREE on file and held by {holders:b}"
-                continue
-            header = self._meta.read_header(block)
-            assert header.holders == holders, f"block {block}: holders {holders:b}, on file {header.holders:b}"
-            content = self._contents.get(block)
-            expected = fmt.SEALED if content else fmt.VOID if block in self._contents else fmt.LEASED
-            assert on_file == expected, f"block {block} is {on_file:#x} on file and should be {expected:#x}"

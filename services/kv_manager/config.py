@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.logs import LOG_LEVELS
@@ -14,6 +14,7 @@ from services.serving import check_address
 DEFAULT_LISTEN = "127.0.0.1:50050"
 MAX_NUM_BLOCKS = 1 << 28  # the headers alone are 32 GiB then
 MAX_BLOCK_SIZE = 256
+ANY_TENANT = "*"
 
 _SIZE = re.compile(r"^(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]?)(?P<binary>i?)B?$", re.IGNORECASE)
 _UNIT_POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -30,6 +31,10 @@ class Config:
     block_size: int = 16
     ttl_s: float = 10.0
     hang_limit_s: float = 120.0
+    preempt_timeout_s: float = 2.0
+    scrub_bytes_per_s: int = 0  # 0: only on demand
+    # Blocks that a tenant's leases may hold; ANY_TENANT for every tenant that is not named.
+    tenant_quotas: Mapping[str, int] = field(default_factory=dict)
     log_level: str = "info"
 
     def __post_init__(self) -> None:
@@ -52,8 +57,17 @@ class Config:
                 f"--hang-limit: {self.hang_limit_s:g} s is not within --ttl ({self.ttl_s:g}) to 86400; it must be"
                 " longer than the decoders' longest step"
             )
+        if not 0.05 <= self.preempt_timeout_s <= 3600:
+            raise ValueError(f"--preempt-timeout: {self.preempt_timeout_s:g} s is not within 0.05 to 3600")
+        for tenant, quota in self.tenant_quotas.items():
+            if quota < 1:
+                raise ValueError(f"--tenant-quota: {tenant!r} has {quota} blocks, and needs at least 1")
         if self.log_level not in LOG_LEVELS:
             raise ValueError(f"--log-level: {self.log_level!r} is not one of {', '.join(LOG_LEVELS)}")
+
+    def quota_of(self, tenant: str) -> int | None:
+        """Blocks that the tenant's leases may hold, or None for any number."""
+        return self.tenant_quotas.get(tenant, self.tenant_quotas.get(ANY_TENANT))
 
     @property
     def keepalive_interval_s(self) -> float:
@@ -75,6 +89,13 @@ def _size_argument(text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _quota_argument(text: str) -> tuple[str, int]:
+    tenant, separator, number = text.rpartition("=")
+    if not separator or not number.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not TENANT=BLOCKS, such as alice=512 or *=256")
+    return tenant, int(number)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,6 +140,28 @@ def _parser() -> argparse.ArgumentParser:
         help="seconds after which a decoder stuck in one step is revoked; longer than the longest step"
         " (default %(default)g)",
     )
+    add(
+        "--preempt-timeout",
+        type=float,
+        default=2.0,
+        metavar="S",
+        help="seconds that a lease has to give way to an older one before another is chosen (default %(default)g)",
+    )
+    add(
+        "--scrub-rate",
+        type=_size_argument,
+        default=0,
+        metavar="SIZE",
+        help="bytes a second at which sealed blocks are verified in the background (default: only on demand)",
+    )
+    add(
+        "--tenant-quota",
+        type=_quota_argument,
+        action="append",
+        default=[],
+        metavar="TENANT=BLOCKS",
+        help="blocks that the leases of one tenant may hold, * for every other tenant; may be repeated",
+    )
     add("--log-level", choices=sorted(LOG_LEVELS), default="info", help="what to log on stderr (default info)")
     return parser
 
@@ -136,6 +179,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
             block_size=args.block_size,
             ttl_s=args.ttl,
             hang_limit_s=args.hang_limit,
+            preempt_timeout_s=args.preempt_timeout,
+            scrub_bytes_per_s=args.scrub_rate,
+            tenant_quotas=dict(args.tenant_quota),
             log_level=args.log_level,
         )
     except ValueError as error:

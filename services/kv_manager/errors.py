@@ -100,14 +100,81 @@ class NeverFitsError(ManagerError):
     """More blocks than the pool, or the worker's capacity, will ever have."""
 
 
+class SealRefusedError(ManagerError):
+    """A block that cannot be sealed as asked; it stays as it is, and its worker may go on writing it."""
+
+
+class LeaseRevokedError(ManagerError):
+    """The lease has to give way to an older one: it can only be sealed and released."""
+
+
 class PoolExhaustedError(ManagerError):
-    """Too few free blocks now."""
+    """Too few free blocks now: `missing` more are needed. Its text is written when somebody reads it, because a full
+    pool refuses often, and a waiter is refused many times before it is served."""
 
     retry_delay_s = 1.0
 
-    def __init__(self, message: str, metadata: Mapping[str, str], pool_id: str) -> None:
+    def __init__(
+        self,
+        cache_id: int,
+        *,
+        needed: int,
+        free: int,
+        num_blocks: int,
+        size_flag: str,
+        pool_id: bytes,
+        priority: int,
+        age_ticket: int,
+    ) -> None:
+        Exception.__init__(self, cache_id)
+        self.cache_id = cache_id
+        self.missing = needed - free
+        # They keep the request's place for its next attempt.
+        self.priority = priority
+        self.age_ticket = age_ticket
+        self._numbers = (needed, free, num_blocks)
+        self._size_flag = size_flag
+        self._pool_id = pool_id
+
+    @property
+    def message(self) -> str:  # type: ignore[override]
+        """What happened and what to do."""
+        needed, free, num_blocks = self._numbers
+        reserved = "" if needed > free else ", set aside for an older request"
+        return (
+            f"cache {self.cache_id} needs {needed} blocks and {free} of {num_blocks} are free{reserved}: raise the manager's"
+            f" {self._size_flag}, or lower the decoders' --max-seqs"
+        )
+
+    @property
+    def metadata(self) -> dict[str, str]:  # type: ignore[override]
+        """The numbers of the message."""
+        needed, free, num_blocks = self._numbers
+        return {
+            "cache_id": str(self.cache_id),
+            "needed_blocks": str(needed),
+            "free_blocks": str(free),
+            "num_blocks": str(num_blocks),
+            "age_ticket": str(self.age_ticket),
+        }
+
+    @property
+    def quota_subject(self) -> str:  # type: ignore[override]
+        """The pool."""
+        return f"pool:{self._pool_id.hex()}"
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class TenantQuotaError(ManagerError):
+    """The tenant's leases hold as many blocks as it may have."""
+
+    retry_delay_s = 1.0
+
+    def __init__(self, message: str, metadata: Mapping[str, str], tenant: str) -> None:
         super().__init__(message, metadata)
-        self.quota_subject = f"pool:{pool_id}"
+        self.quota_subject = f"tenant:{tenant}"
 
 
 class StorageFullError(ManagerError):
@@ -134,6 +201,9 @@ _EDGE: dict[type[ManagerError], tuple[grpc.StatusCode, str]] = {
     UnackedCallsError: (grpc.StatusCode.FAILED_PRECONDITION, "ACKED_SEQ_STUCK"),
     UnknownLeaseError: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_LEASE"),
     NeverFitsError: (grpc.StatusCode.OUT_OF_RANGE, "NEVER_FITS"),
+    SealRefusedError: (grpc.StatusCode.FAILED_PRECONDITION, "SEAL_REFUSED"),
+    LeaseRevokedError: (grpc.StatusCode.ABORTED, "LEASE_REVOKED"),
+    TenantQuotaError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "TENANT_QUOTA"),
     PoolExhaustedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "POOL_EXHAUSTED"),
     StorageFullError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORAGE_FULL"),
     PoolFileError: (grpc.StatusCode.FAILED_PRECONDITION, "POOL_FILE"),

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from services.kv_manager import meta_format as fmt
 from services.kv_manager.block_pool import BlockPool, RestoredBlock
 from services.kv_manager.errors import PoolFileError
+from services.kv_manager.events import EventRing
 from services.kv_manager.meta_file import MetaFile
 from services.kv_manager.meta_format import WorkerRecord
 from services.kv_manager.pool_file import PoolFiles
@@ -19,9 +20,9 @@ from services.kv_manager.pool_file import PoolFiles
 class Recovered:
     """The pool as read back, the worker of each slot (None: its record is damaged), and the blocks each slot holds."""
 
-    def __init__(self, files: PoolFiles) -> None:
+    def __init__(self, files: PoolFiles, events: EventRing) -> None:
         self.workers: dict[int, WorkerRecord | None] = dict(files.meta.read_slots())
-        self.pool = BlockPool(files)
+        self.pool = BlockPool(files, events)
         self.num_damaged = 0
         for slot, worker in self.workers.items():
             self.pool.open_slot(slot, worker.epoch if worker else 0)

@@ -20,6 +20,7 @@ from services.kv_manager.errors import (
     StaleRegistrationError,
     TooManyWorkersError,
 )
+from services.kv_manager.events import EventRing
 from services.kv_manager.geometry import Geometry
 from services.kv_manager.locks import LockProbe
 from services.kv_manager.meta_format import NUM_SLOTS, WorkerRecord
@@ -71,6 +72,7 @@ class Registrar:
         self.clock = clock
         self.sessions: dict[str, Session] = {}
         self.pool: BlockPool | None = None
+        self.events = EventRing()
         self.manager_epoch = 1
         self._kernel_boot_id = locks.kernel_boot_id()
         # Boot ids that were replaced or died: a registration of theirs can only be a late copy.
@@ -100,7 +102,7 @@ class Registrar:
 
     def _recover(self, files: PoolFiles) -> None:
         rebooted = self._is_other_boot(files.meta.kernel_boot_id)
-        recovered = Recovered(files)
+        recovered = Recovered(files, self.events)
         self.pool = recovered.pool
         for slot, worker in recovered.workers.items():
             held = recovered.held.get(slot, [])
@@ -222,7 +224,7 @@ class Registrar:
         # Issued now, so that the first session's epoch differs from the manager's own.
         self.manager_epoch = files.meta.advance_epoch(self._kernel_boot_id)
         _log.info("pool created", pool=files.pool_id.hex(), num_blocks=num_blocks, block_bytes=stride)
-        return BlockPool(files)
+        return BlockPool(files, self.events)
 
     def _free_slot(self) -> int:
         used = {session.slot for session in self.sessions.values()}
@@ -246,8 +248,15 @@ class Registrar:
                 lost.append(claim.cache_id)
                 continue
             unsealed.update(mine)
+            # A revocation is state: it outlives the session, until Release answers.
+            known = old.leases.get(claim.cache_id) if old is not None else None
             session.leases[claim.cache_id] = Lease(
-                claim.cache_id, list(claim.blocks), claim.priority, claim.tenant, claim.age_ticket
+                claim.cache_id,
+                list(claim.blocks),
+                claim.priority,
+                claim.tenant,
+                claim.age_ticket,
+                revoked=known is not None and known.revoked,
             )
         after = session.references()
         if old is not None and old.probe is not None:

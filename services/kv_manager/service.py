@@ -15,6 +15,7 @@ from services import serving
 from services.kv_manager.config import Config
 from services.kv_manager.lessor import Lessor
 from services.kv_manager.locks import ManagerLock, prepare_pool_dir
+from services.kv_manager.scrub import Verifier
 from services.kv_manager.servicer import KVManagerServicer
 from services.kv_manager.sessions import Clock
 
@@ -39,14 +40,15 @@ class Service:
         self._config = config
         self._server = grpc.aio.server(options=serving.SERVER_OPTIONS)
         self._health: health_aio.HealthServicer | None = None
+        self._verifier = Verifier(self.lessor)
         self._wake = asyncio.Event()
-        self._ticker: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self.address = ""
 
     async def __aenter__(self) -> Service:
         """Starts serving; raises services.serving.AddressError when the address is taken."""
         try:
-            servicer = KVManagerServicer(self.lessor, self._wake.set)
+            servicer = KVManagerServicer(self.lessor, self._verifier, self._wake.set)
             pb_grpc.add_KVManagerServicer_to_server(servicer, self._server)
             self._health = await serving.add_health_and_reflection(self._server, [SERVICE_NAME])
             # Last: gRPC accepts connections from here on.
@@ -55,7 +57,9 @@ class Service:
         except BaseException:
             self._close()
             raise
-        self._ticker = asyncio.create_task(self._tick_forever())
+        self._tasks.append(asyncio.create_task(self._tick_forever()))
+        if self._config.scrub_bytes_per_s:
+            self._tasks.append(asyncio.create_task(self._verifier.scrub_forever(self._config.scrub_bytes_per_s)))
         _log.info("serving", address=self.address, pool_dir=str(self.lessor.pool_dir))
         return self
 
@@ -66,9 +70,9 @@ class Service:
         if self._health is not None:
             await self._health.enter_graceful_shutdown()
         await self._server.stop(_GRACE_S)
-        if self._ticker is not None:
-            self._ticker.cancel()
-            await asyncio.gather(self._ticker, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._close()
         _log.info("stopped")
 

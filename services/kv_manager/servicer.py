@@ -1,9 +1,11 @@
-"""The KVManager service: messages in, the lessor's answers out. Only translates."""
+"""The KVManager service: messages in, the lessor's answers out. Only translates, and waits where the lessor says so."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from functools import wraps
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import structlog
@@ -13,16 +15,22 @@ from grpc_status import rpc_status
 from protos import kv_manager_pb2 as pb
 from protos import kv_manager_pb2_grpc as pb_grpc
 from services.kv_manager import translate
-from services.kv_manager.block_pool import BlockState
-from services.kv_manager.errors import InternalError, ManagerError, to_status
+from services.kv_manager.errors import InternalError, ManagerError, PoolExhaustedError, to_status
+from services.kv_manager.leasebook import tenant_digest
 from services.kv_manager.lessor import Lessor
+from services.kv_manager.scrub import Verifier
 from services.kv_manager.sessions import Lease, Session
+from services.kv_manager.streams import KeepAliveStreams, watch
+from services.kv_manager.waiting import Outcome, Waiter
 
 _log = structlog.get_logger("kv_manager.servicer")
+_MAX_WAIT_S = 60.0
 _Context = ServicerContext[Any, Any]
 _Request = TypeVar("_Request")
 _Reply = TypeVar("_Reply")
 _Handler = Callable[[Any, _Request, _Context], Awaitable[_Reply]]
+_StreamHandler = Callable[[Any, _Request, _Context], AsyncGenerator[_Reply, None]]
+_Future = asyncio.Future[Outcome]
 
 
 async def _abort(context: _Context, error: ManagerError) -> None:
@@ -52,13 +60,33 @@ def _unary(handler: _Handler[_Request, _Reply]) -> _Handler[_Request, _Reply]:
     return guarded
 
 
+def _stream(handler: _StreamHandler[_Request, _Reply]) -> _StreamHandler[_Request, _Reply]:
+    """The same for a handler that streams its reply."""
+
+    @wraps(handler)
+    async def guarded(self: Any, request: _Request, context: _Context) -> AsyncGenerator[_Reply, None]:
+        try:
+            # Closed at once when the client goes away, not when the garbage collector finds it.
+            async with aclosing(handler(self, request, context)) as replies:
+                async for reply in replies:
+                    yield reply
+        except ManagerError as error:
+            await _abort(context, error)
+        except Exception as error:
+            await _abort(context, _unexpected(handler.__name__, error))
+
+    return guarded
+
+
 class KVManagerServicer(pb_grpc.KVManagerServicer):
     """The handlers; one lessor, one event loop."""
 
-    def __init__(self, lessor: Lessor, stream_ended: Callable[[], None]) -> None:
-        """stream_ended is called after a keepalive stream has ended, so that its worker's lock is looked at soon."""
+    def __init__(self, lessor: Lessor, verifier: Verifier, wake_ticker: Callable[[], None]) -> None:
+        """wake_ticker has the lessor's tick called soon, because its interval has become shorter."""
         self._lessor = lessor
-        self._stream_ended = stream_ended
+        self._verifier = verifier
+        self._wake_ticker = wake_ticker
+        self._keepalives = KeepAliveStreams(lessor, wake_ticker)
 
     @_unary
     async def RegisterWorker(self, request: pb.RegisterWorkerRequest, context: _Context) -> pb.RegisterWorkerResponse:
@@ -75,66 +103,171 @@ class KVManagerServicer(pb_grpc.KVManagerServicer):
             lost_cache_ids=answer.lost_cache_ids,
         )
 
-    async def KeepAlive(
+    @_stream
+    def KeepAlive(
         self, request_iterator: AsyncIterator[pb.KeepAliveRequest], context: _Context
-    ) -> AsyncIterator[pb.KeepAliveResponse]:
-        worker_id, epoch = "", 0
-        try:
-            async for request in request_iterator:
-                worker_id, epoch = request.worker_id, request.epoch
-                busy_ms = request.busy_ms if request.HasField("busy_ms") else None
-                revoked = self._lessor.keepalive(worker_id, epoch, busy_ms)
-                yield pb.KeepAliveResponse(epoch=epoch, revoked_cache_ids=revoked)
-        except ManagerError as error:
-            await _abort(context, error)
-        finally:
-            self._lessor.stream_ended(worker_id, epoch)
-            self._stream_ended()
+    ) -> AsyncGenerator[pb.KeepAliveResponse, None]:
+        return self._keepalives.serve(request_iterator)
 
     @_unary
     async def Acquire(self, request: pb.AcquireRequest, context: _Context) -> pb.AcquireResponse:
         translate.check_call(request.seq, request.acked_seq)
         translate.check_acquire_items(request.items)
-        session = self._lessor.enter(request.worker_id, request.epoch, request.seq, request.acked_seq)
+        await self._verifier.verify_for_hits(item.prefix_hashes for item in request.items)
+        session = self._enter(request)
         self._lessor.require_live(session)
-        results = []
-        for item in request.items:
-            try:
-                lease = self._lessor.acquire(
-                    session,
-                    item.cache_id,
-                    item.num_blocks,
-                    priority=item.priority,
-                    tenant=item.tenant,
-                    age_ticket=item.age_ticket if item.HasField("age_ticket") else None,
-                )
-                results.append(_table_result(lease))
-            except ManagerError as error:
-                results.append(pb.LeaseResult(cache_id=item.cache_id, error=to_status(error)))
+        attempts = [(item.cache_id, partial(self._acquire, session, item)) for item in request.items]
+        results = await self._lease_all(session, attempts, request.wait_ms)
         return pb.AcquireResponse(epoch=request.epoch, results=results)
+
+    def _acquire(
+        self, session: Session, item: pb.AcquireItem, age_ticket: int | None = None, is_first_waiter: bool = False
+    ) -> Lease:
+        if age_ticket is None and item.HasField("age_ticket"):
+            age_ticket = item.age_ticket
+        return self._lessor.book.acquire(
+            session,
+            item.cache_id,
+            item.num_blocks,
+            priority=item.priority,
+            tenant=item.tenant,
+            age_ticket=age_ticket,
+            prefix_hashes=item.prefix_hashes,
+            is_first_waiter=is_first_waiter,
+        )
 
     @_unary
     async def Extend(self, request: pb.ExtendRequest, context: _Context) -> pb.ExtendResponse:
         translate.check_call(request.seq, request.acked_seq)
         translate.check_extend_items(request.items)
-        session = self._lessor.enter(request.worker_id, request.epoch, request.seq, request.acked_seq)
+        session = self._enter(request)
+        self._lessor.require_live(session)
+        attempts = [(item.cache_id, partial(self._extend, session, item)) for item in request.items]
+        results = await self._lease_all(session, attempts, request.wait_ms)
+        return pb.ExtendResponse(epoch=request.epoch, results=results)
+
+    def _extend(
+        self, session: Session, item: pb.ExtendItem, age_ticket: int | None = None, is_first_waiter: bool = False
+    ) -> Lease:
+        return self._lessor.book.extend(session, item.cache_id, item.num_blocks, is_first_waiter=is_first_waiter)
+
+    async def _lease_all(
+        self,
+        session: Session,
+        attempts: Sequence[tuple[int, Callable[..., Lease]]],
+        wait_ms: int,
+    ) -> list[pb.LeaseResult]:
+        """One result for each item, in order; those that find too few blocks wait as long as they may."""
+        results: list[pb.LeaseResult] = []
+        waits: list[tuple[int, Waiter, _Future]] = []
+        for cache_id, attempt in attempts:
+            try:
+                results.append(translate.table_result(attempt()))
+            except PoolExhaustedError as error:
+                if wait_ms:
+                    waits.append((len(results), *self._wait(session, attempt, error, wait_ms)))
+                    results.append(pb.LeaseResult())
+                else:
+                    results.append(self._error_result(cache_id, error))
+            except ManagerError as error:
+                results.append(self._error_result(cache_id, error))
+        if waits:
+            self._wake_ticker()
+            await self._settle_all(waits, results)
+        return results
+
+    def _wait(
+        self,
+        session: Session,
+        attempt: Callable[..., Lease],
+        error: PoolExhaustedError,
+        wait_ms: int,
+    ) -> tuple[Waiter, _Future]:
+        future: _Future = asyncio.get_running_loop().create_future()
+
+        def settle(outcome: Outcome) -> None:
+            if not future.done():
+                future.set_result(outcome)
+
+        waiter = self._lessor.waiting.wait(
+            session,
+            error,
+            partial(attempt, age_ticket=error.age_ticket, is_first_waiter=True),
+            settle,
+            min(wait_ms / 1000, _MAX_WAIT_S),
+        )
+        return waiter, future
+
+    async def _settle_all(self, waits: list[tuple[int, Waiter, _Future]], results: list[pb.LeaseResult]) -> None:
+        try:
+            await asyncio.gather(*(future for _, _, future in waits))
+        finally:
+            for _, waiter, _ in waits:
+                self._lessor.waiting.cancel(waiter)
+        for index, waiter, future in waits:
+            outcome = future.result()
+            if isinstance(outcome, ManagerError):
+                results[index] = self._error_result(waiter.cache_id, outcome)
+            else:
+                results[index] = translate.table_result(outcome)
+
+    def _error_result(self, cache_id: int, error: ManagerError) -> pb.LeaseResult:
+        self._lessor.counters.num_exhausted += isinstance(error, PoolExhaustedError)
+        return pb.LeaseResult(cache_id=cache_id, error=to_status(error))
+
+    @_unary
+    async def Fork(self, request: pb.ForkRequest, context: _Context) -> pb.ForkResponse:
+        translate.check_call(request.seq, request.acked_seq)
+        translate.check_fork_items(request.items)
+        session = self._enter(request)
         self._lessor.require_live(session)
         results = []
         for item in request.items:
             try:
-                results.append(_table_result(self._lessor.extend(session, item.cache_id, item.num_blocks)))
+                lease = self._lessor.book.fork(
+                    session, item.parent_cache_id, item.cache_id, item.num_blocks, item.max_shared_blocks
+                )
+                results.append(translate.table_result(lease))
             except ManagerError as error:
-                results.append(pb.LeaseResult(cache_id=item.cache_id, error=to_status(error)))
-        return pb.ExtendResponse(epoch=request.epoch, results=results)
+                results.append(self._error_result(item.cache_id, error))
+        return pb.ForkResponse(epoch=request.epoch, results=results)
+
+    @_unary
+    async def Seal(self, request: pb.SealRequest, context: _Context) -> pb.SealResponse:
+        translate.check_call(request.seq, request.acked_seq)
+        translate.check_seal_items(request.items, self._lessor.config.block_size)
+        await self._verifier.verify_for_hits([item.content_hash] for item in request.items)
+        session = self._enter(request)
+        self._lessor.require_live(session)
+        results = []
+        for item in request.items:
+            result = pb.SealResult(cache_id=item.cache_id, block_index=item.block_index)
+            try:
+                result.block_id = self._lessor.book.seal(session, translate.seal_order(item))
+            except ManagerError as error:
+                result.error.CopyFrom(to_status(error))
+            results.append(result)
+        return pb.SealResponse(epoch=request.epoch, results=results)
 
     @_unary
     async def Release(self, request: pb.ReleaseRequest, context: _Context) -> pb.ReleaseResponse:
         translate.check_call(request.seq, request.acked_seq)
-        session = self._lessor.enter(request.worker_id, request.epoch, request.seq, request.acked_seq)
+        session, book = self._enter(request), self._lessor.book
         num_freed = 0
+        partial_items = [item for item in request.items if item.block_ids]
+        if partial_items and session.is_first_copy(request.seq):
+            for item in partial_items:
+                num_freed += book.release_duplicates(session, item.cache_id, item.block_ids)
         for item in request.items:
-            num_freed += self._lessor.release(session, item.cache_id, request.seq)
+            if not item.block_ids:
+                num_freed += book.release(session, item.cache_id, request.seq)
+        self._lessor.waiting.pump()
         return pb.ReleaseResponse(epoch=request.epoch, num_freed_blocks=num_freed)
+
+    def _enter(
+        self, request: pb.AcquireRequest | pb.ExtendRequest | pb.ForkRequest | pb.SealRequest | pb.ReleaseRequest
+    ) -> Session:
+        return self._lessor.enter(request.worker_id, request.epoch, request.seq, request.acked_seq)
 
     @_unary
     async def DescribePool(self, request: pb.DescribePoolRequest, context: _Context) -> pb.DescribePoolResponse:
@@ -150,61 +283,36 @@ class KVManagerServicer(pb_grpc.KVManagerServicer):
     async def ListLeases(self, request: pb.ListLeasesRequest, context: _Context) -> pb.ListLeasesResponse:
         lessor = self._lessor
         sessions = [
-            self._session(session)
+            translate.session_view(session, lessor.now())
             for session in lessor.sessions()
             if not request.worker_id or session.worker.worker_id == request.worker_id
         ]
-        leases = [_lease(session, lease) for session, lease in lessor.leases(request.worker_id)]
+        leases = [translate.lease_view(session, lease) for session, lease in lessor.leases(request.worker_id)]
         return pb.ListLeasesResponse(sessions=sessions, leases=leases)
-
-    def _session(self, session: Session) -> pb.Session:
-        return pb.Session(
-            worker_id=session.worker.worker_id,
-            epoch=session.epoch,
-            state=session.state,
-            num_leases=len(session.leases),
-            num_blocks=len(set(session.references())),
-            silent_ms=round((self._lessor.now() - session.last_seen) * 1000),
-            busy_ms=session.busy_ms,
-            pid=session.worker.pid,
-        )
 
     @_unary
     async def Stats(self, request: pb.StatsRequest, context: _Context) -> pb.StatsResponse:
-        lessor = self._lessor
-        counts, counters = lessor.counts(), lessor.counters
-        return pb.StatsResponse(
-            num_blocks=sum(counts.values()),
-            free=counts[BlockState.FREE],
-            leased=counts[BlockState.LEASED],
-            sealed=counts[BlockState.SEALED],
-            cached=counts[BlockState.CACHED],
-            quarantined=counts[BlockState.QUARANTINED],
-            num_leases=sum(len(session.leases) for session in lessor.sessions()),
-            num_sessions=len(lessor.sessions()),
-            num_acquired=counters.num_acquired,
-            num_extended=counters.num_extended,
-            num_released=counters.num_released,
-            num_exhausted=counters.num_exhausted,
-            num_revoked=counters.num_revoked,
-            uptime_ms=round((lessor.now() - lessor.started_at) * 1000),
-        )
+        return translate.stats(self._lessor)
 
+    @_stream
+    def WatchEvents(
+        self, request: pb.WatchEventsRequest, context: _Context
+    ) -> AsyncGenerator[pb.WatchEventsResponse, None]:
+        return watch(self._lessor, request.incarnation, request.cursor)
 
-def _table_result(lease: Lease) -> pb.LeaseResult:
-    table = pb.BlockTable(
-        block_ids=lease.blocks, num_cached_tokens=lease.num_cached_tokens, age_ticket=lease.age_ticket
-    )
-    return pb.LeaseResult(cache_id=lease.cache_id, table=table)
+    @_stream
+    async def Scrub(self, request: pb.ScrubRequest, context: _Context) -> AsyncGenerator[pb.ScrubProgress, None]:
+        rate = request.max_bytes_per_second or self._lessor.config.scrub_bytes_per_s
+        async for progress in self._verifier.scrub(rate):
+            yield pb.ScrubProgress(
+                num_blocks=progress.num_blocks,
+                num_checked=progress.num_checked,
+                num_corrupt=progress.num_corrupt,
+                num_bytes=progress.num_bytes,
+                done=progress.done,
+            )
 
-
-def _lease(session: Session, lease: Lease) -> pb.Lease:
-    return pb.Lease(
-        worker_id=session.worker.worker_id,
-        cache_id=lease.cache_id,
-        block_ids=lease.blocks,
-        priority=lease.priority,
-        tenant=lease.tenant,
-        age_ticket=lease.age_ticket,
-        revoked=lease.revoked or session.state == "revoked",
-    )
+    @_unary
+    async def Flush(self, request: pb.FlushRequest, context: _Context) -> pb.FlushResponse:
+        digest = tenant_digest(request.tenant) if request.HasField("tenant") else None
+        return pb.FlushResponse(num_flushed_blocks=await self._verifier.flush(digest))

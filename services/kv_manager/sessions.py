@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -21,7 +22,7 @@ ABSENT = "absent"
 MAX_TOMBSTONES = 1 << 16
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Lease:
     """One block table: metadata only, for all layers at once."""
 
@@ -31,10 +32,13 @@ class Lease:
     tenant: str
     age_ticket: int
     num_cached_tokens: int = 0
+    # It has to give way to an older request; repeated to the worker until Release answers.
     revoked: bool = False
+    # Blocks that a Seal replaced in the table: the worker may read them until it gives them back.
+    duplicates: set[int] = field(default_factory=set)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Session:
     """One registration of a worker. `pinned` are blocks of a worker that has not come back since a restart."""
 
@@ -49,8 +53,12 @@ class Session:
     # Until then the lock is probed often: the worker's stream has ended, and sockets close before locks do.
     probe_until: float = float("-inf")
     acked_seq: int = 0
+    # Blocks in the tables of each tenant's leases; kept only where quotas are set.
+    tenant_blocks: Counter[str] = field(default_factory=Counter)
     _tombstones: dict[int, int] = field(default_factory=dict)
     _tombstone_heap: list[tuple[int, int]] = field(default_factory=list)
+    # Calls that gave back single blocks: a late copy must not give them back a second time.
+    _done: set[int] = field(default_factory=set)
 
     @property
     def epoch(self) -> int:
@@ -62,6 +70,7 @@ class Session:
         blocks = list(self.pinned)
         for lease in self.leases.values():
             blocks += lease.blocks
+            blocks += lease.duplicates
         return blocks
 
     def admit(self, seq: int, acked_seq: int) -> None:
@@ -74,7 +83,7 @@ class Session:
                 f"seq {seq} is not above the acknowledged {self.acked_seq}: a late copy of a call that has ended",
                 {"seq": str(seq), "acked_seq": str(self.acked_seq)},
             )
-        if len(self._tombstones) >= MAX_TOMBSTONES and acked_seq <= self.acked_seq:
+        if len(self._tombstones) + len(self._done) >= MAX_TOMBSTONES and acked_seq <= self.acked_seq:
             raise UnackedCallsError(
                 f"{len(self._tombstones)} leases were released since acked_seq last advanced (it is {self.acked_seq});"
                 " the worker must acknowledge the calls that have ended",
@@ -87,6 +96,15 @@ class Session:
                 seq_of_release, cache_id = heapq.heappop(heap)
                 if self._tombstones.get(cache_id) == seq_of_release:
                     del self._tombstones[cache_id]
+            if self._done:
+                self._done = {done for done in self._done if done > acked_seq}
+
+    def is_first_copy(self, seq: int) -> bool:
+        """Whether the call is served for the first time; its later copies are not."""
+        if seq in self._done:
+            return False
+        self._done.add(seq)
+        return True
 
     def bury(self, cache_id: int, seq: int) -> None:
         """Leaves a tombstone: an Acquire of this cache id that arrives late leases nothing."""

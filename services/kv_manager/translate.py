@@ -7,11 +7,16 @@ from collections.abc import Iterable
 
 from protos import kv_manager_pb2 as pb
 from protos.pool_format import DATA_OFFSET_BYTES
+from services.kv_manager.block_pool import BlockState
 from services.kv_manager.errors import InvalidRequestError
+from services.kv_manager.events import Event
 from services.kv_manager.geometry import FINGERPRINT_BYTES, Geometry
+from services.kv_manager.leasebook import SealOrder
+from services.kv_manager.lessor import Lessor
 from services.kv_manager.meta_format import WorkerRecord
 from services.kv_manager.pool_file import PoolFiles
 from services.kv_manager.registrar import Claim, Registration
+from services.kv_manager.sessions import REVOKED, Lease, Session
 
 _WORKER_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 _BOOT_ID_BYTES = 16
@@ -134,6 +139,116 @@ def check_acquire_items(items: Iterable[pb.AcquireItem]) -> None:
         for content_hash in item.prefix_hashes:
             if len(content_hash) != _HASH_BYTES:
                 raise InvalidRequestError(f"items[{index}].prefix_hashes", f"must be of {_HASH_BYTES} bytes each")
+
+
+def check_seal_items(items: Iterable[pb.SealItem], block_size: int) -> None:
+    """Raises InvalidRequestError for the first item whose form is wrong."""
+    for index, item in enumerate(items):
+        for name, value in (("content_hash", item.content_hash), ("parent_hash", item.parent_hash)):
+            if len(value) != _HASH_BYTES:
+                raise InvalidRequestError(
+                    f"items[{index}].{name}", f"has {len(value)} bytes and must have {_HASH_BYTES}"
+                )
+        if item.num_tokens != block_size:
+            raise InvalidRequestError(
+                f"items[{index}].num_tokens",
+                f"is {item.num_tokens}; only full blocks of {block_size} tokens are sealed",
+            )
+
+
+def check_fork_items(items: Iterable[pb.ForkItem]) -> None:
+    """Raises InvalidRequestError for the first item whose form is wrong."""
+    for index, item in enumerate(items):
+        if not item.num_blocks:
+            raise InvalidRequestError(f"items[{index}].num_blocks", "must be at least 1")
+
+
+def seal_order(item: pb.SealItem) -> SealOrder:
+    """One block to seal."""
+    return SealOrder(
+        cache_id=item.cache_id,
+        block_index=item.block_index,
+        block=item.block_id,
+        content_hash=item.content_hash,
+        parent_hash=item.parent_hash,
+        num_tokens=item.num_tokens,
+        data_checksum=item.data_checksum,
+    )
+
+
+def event(event: Event) -> pb.Event:
+    """One event of the ring."""
+    return pb.Event(
+        kind=pb.Event.KIND_STORED if event.is_stored else pb.Event.KIND_REMOVED,
+        content_hash=event.content_hash,
+        parent_hash=event.parent_hash,
+        num_tokens=event.num_tokens,
+    )
+
+
+def table_result(lease: Lease) -> pb.LeaseResult:
+    """A lease's table as an answer."""
+    table = pb.BlockTable(
+        block_ids=lease.blocks, num_cached_tokens=lease.num_cached_tokens, age_ticket=lease.age_ticket
+    )
+    return pb.LeaseResult(cache_id=lease.cache_id, table=table)
+
+
+def session_view(session: Session, now: float) -> pb.Session:
+    """A session as ListLeases shows it; now is on the manager's clock."""
+    return pb.Session(
+        worker_id=session.worker.worker_id,
+        epoch=session.epoch,
+        state=session.state,
+        num_leases=len(session.leases),
+        num_blocks=len(set(session.references())),
+        silent_ms=round((now - session.last_seen) * 1000),
+        busy_ms=session.busy_ms,
+        pid=session.worker.pid,
+    )
+
+
+def lease_view(session: Session, lease: Lease) -> pb.Lease:
+    """A lease as ListLeases shows it."""
+    return pb.Lease(
+        worker_id=session.worker.worker_id,
+        cache_id=lease.cache_id,
+        block_ids=lease.blocks,
+        priority=lease.priority,
+        tenant=lease.tenant,
+        age_ticket=lease.age_ticket,
+        revoked=lease.revoked or session.state == REVOKED,
+    )
+
+
+def stats(lessor: Lessor) -> pb.StatsResponse:
+    """Counts of everything."""
+    counts, counters, pool = lessor.counts(), lessor.counters, lessor.pool
+    return pb.StatsResponse(
+        num_blocks=sum(counts.values()),
+        free=counts[BlockState.FREE],
+        leased=counts[BlockState.LEASED],
+        sealed=counts[BlockState.SEALED],
+        cached=counts[BlockState.CACHED],
+        quarantined=counts[BlockState.QUARANTINED],
+        num_leases=sum(len(session.leases) for session in lessor.sessions()),
+        num_sessions=len(lessor.sessions()),
+        num_acquired=counters.num_acquired,
+        num_extended=counters.num_extended,
+        num_released=counters.num_released,
+        num_exhausted=counters.num_exhausted,
+        num_revoked=counters.num_revoked,
+        uptime_ms=round((lessor.now() - lessor.started_at) * 1000),
+        num_looked_up=counters.num_looked_up,
+        num_hits=counters.num_hits,
+        num_seals=counters.num_seals,
+        num_deduplicated=counters.num_deduplicated,
+        num_evicted=pool.num_evicted if pool is not None else 0,
+        num_preempted=counters.num_preempted,
+        num_waiting=len(lessor.waiting),
+        num_corrupt=counters.num_corrupt,
+        num_unverified=pool.num_unverified if pool is not None else 0,
+    )
 
 
 def check_extend_items(items: Iterable[pb.ExtendItem]) -> None:

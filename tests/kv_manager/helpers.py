@@ -172,11 +172,15 @@ class Manager:
         return self.register(self.worker(worker_id, **sizes)).session
 
     def acquire(self, session: Session, cache_id: int, num_blocks: int, **options: int) -> Lease:
-        return self.lessor.acquire(session, cache_id, num_blocks, **options)  # type: ignore[arg-type]
+        return self.lessor.book.acquire(session, cache_id, num_blocks, **options)  # type: ignore[arg-type]
 
     def release(self, session: Session, cache_id: int) -> int:
         self._seq += 1
-        return self.lessor.release(session, cache_id, self._seq)
+        return self.lessor.book.release(session, cache_id, self._seq)
+
+    def revoked(self, session: Session, busy_ms: int | None = None) -> list[int]:
+        """What a keepalive of the session is answered."""
+        return self.lessor.revoked_cache_ids(self.lessor.keepalive(session.worker.worker_id, session.epoch, busy_ms))
 
     def pass_time(self, seconds: float) -> None:
         """Lets time pass in ticks, as the manager's own loop does."""

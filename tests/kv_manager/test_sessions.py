@@ -59,14 +59,14 @@ def test_revocations_are_repeated_until_release_answers(make_manager: MakeManage
         manager.acquire(session, cache_id, 2)
     manager.pass_time(11)
     for _ in range(3):
-        assert manager.lessor.keepalive("w1", session.epoch, None) == [1, 2]
+        assert manager.revoked(session) == [1, 2]
     with pytest.raises(SessionRevokedError):
         manager.lessor.require_live(session)
     manager.release(session, 1)
-    assert manager.lessor.keepalive("w1", session.epoch, None) == [2]
+    assert manager.revoked(session) == [2]
     assert session.state == REVOKED
     manager.release(session, 2)
-    assert manager.lessor.keepalive("w1", session.epoch, None) == []
+    assert manager.revoked(session) == []
     assert session.state == LIVE
     manager.acquire(session, 3, 8)
     manager.check()
@@ -147,7 +147,7 @@ def test_after_its_stream_has_ended_a_workers_lock_is_probed_until_it_is_free(ma
     session = manager.register(worker).session
     manager.acquire(session, 1, 3)
     slow = manager.lessor.tick_interval_s
-    manager.lessor.stream_ended("w1", session.epoch)
+    manager.lessor.stream_ended(session)
     assert manager.lessor.tick_interval_s < slow / 5
     manager.lessor.tick()
     assert manager.lessor.counts()[BlockState.LEASED] == 3  # sockets close before locks do
@@ -162,7 +162,7 @@ def test_a_stream_that_ends_while_its_worker_lives_costs_it_nothing(make_manager
     manager = make_manager(num_blocks=8, ttl_s=10.0)
     session = manager.join()
     manager.acquire(session, 1, 3)
-    manager.lessor.stream_ended("w1", session.epoch)
+    manager.lessor.stream_ended(session)
     manager.pass_time(5)
     manager.lessor.keepalive("w1", session.epoch, None)
     manager.pass_time(8)
@@ -242,8 +242,8 @@ def test_a_step_beyond_the_hang_limit_revokes_though_the_worker_speaks(make_mana
     manager = make_manager(num_blocks=8, ttl_s=10.0, hang_limit_s=60.0)
     session = manager.join()
     manager.acquire(session, 1, 3)
-    assert manager.lessor.keepalive("w1", session.epoch, 59_999) == []
-    assert manager.lessor.keepalive("w1", session.epoch, 60_000) == [1]
+    assert manager.revoked(session, 59_999) == []
+    assert manager.revoked(session, 60_000) == [1]
     assert manager.lessor.counts()[BlockState.QUARANTINED] == 3
     manager.check()
 
@@ -268,7 +268,7 @@ def test_the_65th_worker_is_refused_and_a_freed_slot_is_used_again(make_manager:
         manager.register(worker)
     with pytest.raises(TooManyWorkersError):
         manager.register(workers[64])
-    manager.lessor.stream_ended("w7", manager.lessor.sessions()[7].epoch)
+    manager.lessor.stream_ended(manager.lessor.sessions()[7])
     workers[7].die()
     manager.lessor.tick()
     assert manager.register(workers[64]).session.slot == 7
