@@ -55,7 +55,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
             parsed = await asyncio.to_thread(self._parser.parse, request, _tenant(context))
             await self._stream(parsed, context)
         except DecoderError as error:
-            _log.info("request failed", request_id=request.request_id, reason=error.reason, error=str(error))
+            _log.info("request refused", request_id=request.request_id, reason=error.reason, error=str(error))
             await _abort_call(context, error)
 
     async def Tokenize(
@@ -105,9 +105,10 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
                 reason=_how_it_ended(sample),
                 num_prompt_tokens=len(request.prompt_token_ids),
                 num_output_tokens=sample.num_output_tokens,
+                **({} if sample.error is None else {"error": str(sample.error)}),
             )
         if sample.error is not None:
-            raise sample.error
+            await _abort_call(context, sample.error)
 
 
 def _how_it_ended(sample: SampleStream) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from protos import decoder_pb2 as pb
 from tests.e2e.processes import DEMO_MODEL, Decoder, Manager, Processes
-from tests.e2e.streams import chat, long_request, open_stream, receive, receive_rest, stub_of
+from tests.e2e.streams import TIMEOUT_S, chat, long_request, open_stream, receive, receive_rest, stub_of
 
 pytest.importorskip("mlx.core")
 
@@ -131,6 +132,33 @@ async def test_abort_ends_a_stream_as_cancelled(pair: Pair) -> None:
         assert received.finished.reason == pb.FINISH_REASON_CANCELLED
         assert received.finished.num_output_tokens == len(received.token_ids)
         assert not (await stub.Abort(pb.AbortRequest(request_id="to-abort"))).found
+
+
+async def test_any_mix_of_endings_leaves_every_block_free(pair: Pair) -> None:
+    rng = random.Random(5)
+    async with stub_of(pair.decoder.address) as stub:
+
+        async def one(index: int) -> None:
+            ending = rng.choice(["finish", "stop", "cancel", "deadline", "abort", "refuse"])
+            request = long_request(f"mix-{index}", max_tokens=rng.randint(1, 60) if ending == "finish" else 1500)
+            if ending == "stop":
+                request = chat("Tell me a story.", stop=pb.StopConditions(strings=["e"]))
+            if ending == "refuse":
+                request.stop.max_tokens = 1_000_000
+            if ending not in ("cancel", "abort"):
+                await receive(stub, request, timeout_s=rng.uniform(0.001, 0.3) if ending == "deadline" else TIMEOUT_S)
+                return
+            call, responses = await open_stream(stub, request, num_responses=rng.randint(1, 6))
+            if ending == "abort":
+                await stub.Abort(pb.AbortRequest(request_id=request.request_id))
+                await receive_rest(call, responses)
+            else:
+                call.cancel()
+
+        await asyncio.gather(*(one(index) for index in range(48)))
+    pair.manager.wait_all_free()
+    async with stub_of(pair.decoder.address) as stub:
+        assert (await receive(stub, chat("Repeat: owl-7"))).text == "owl-7"
 
 
 async def test_model_info(pair: Pair) -> None:

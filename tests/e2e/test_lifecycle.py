@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import grpc
 import pytest
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from clients.decoder import DecoderClient
 from clients.events import StreamResumed, Tokens
-from protos import decoder_pb2 as pb
-from tests.e2e.processes import DEMO_MODEL, Decoder, Processes, until
+from services.healthcheck import is_serving
+from tests.e2e.processes import DEADLINE_S, DECODER_SERVICE, DEMO_MODEL, ROOT, Decoder, Processes, until
 from tests.e2e.streams import long_request, open_stream, receive, receive_rest, stub_of
 
 pytest.importorskip("mlx.core")
@@ -168,9 +171,33 @@ async def test_a_killed_decoder_gives_way_and_its_stream_goes_on_elsewhere(proce
     assert manager.worker_lock_is_free(first.worker_id)
 
 
-async def test_health_follows_the_service(processes: Processes) -> None:
+def test_health_and_reflection_are_served(processes: Processes) -> None:
     decoder = processes.start_decoder(None)
-    async with stub_of(decoder.address) as stub:
-        info = await stub.GetModelInfo(pb.GetModelInfoRequest())
-    assert info.kv_storage == pb.KV_STORAGE_CONTIGUOUS
-    assert decoder.terminate() == 0
+    assert is_serving(decoder.address, DECODER_SERVICE, 5.0)
+    assert is_serving(decoder.address, "", 5.0)
+    with grpc.insecure_channel(decoder.address) as channel:
+        database = ProtoReflectionDescriptorDatabase(channel)
+        assert {DECODER_SERVICE, "grpc.health.v1.Health"} <= set(database.get_services())
+        assert database.FindFileContainingSymbol(DECODER_SERVICE).package == "leasehold.v1"
+
+
+LOADS_FOR_EVER = """
+import sys, threading
+from services.decoder import __main__, service
+
+def load(*arguments):
+    print("loading", flush=True)
+    threading.Event().wait()
+
+service.load = load
+sys.exit(__main__.main(sys.argv[1:]))
+"""
+
+
+def test_a_signal_in_the_midst_of_loading_ends_it() -> None:
+    argv = ("--model", str(DEMO_MODEL), "--listen", "127.0.0.1:0", "--no-paged", "--backend", "mlx")
+    with subprocess.Popen([sys.executable, "-c", LOADS_FOR_EVER, *argv], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"loading\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0
