@@ -105,11 +105,11 @@ class Manager(Service):
             return stub.Stats(kv_manager_pb2.StatsRequest(), timeout=10.0)
 
     def wait_all_free(self) -> None:
-        """Returns when every block is free and no lease is left; raises AssertionError otherwise."""
+        """Returns when nobody holds a block and no lease is left; raises AssertionError otherwise. Cached blocks are free to take."""
 
         def all_free() -> bool:
             stats = self.stats()
-            return stats.free == stats.num_blocks and stats.num_leases == 0
+            return stats.free + stats.cached == stats.num_blocks and stats.num_leases == 0
 
         until(all_free, "every block is free again")
 
