@@ -30,6 +30,7 @@ DEFAULT_CALL_TIMEOUT_S = 10.0
 _BASE_DELAY_S = 0.05
 _MAX_DELAY_S = 2.0
 _ABORT_TIMEOUT_S = 1.0
+_TENANT_KEY = "leasehold-tenant"
 
 _Reply = TypeVar("_Reply")
 
@@ -145,21 +146,29 @@ class DecoderClient:
         return False
 
     async def generate(
-        self, request: pb.GenerateRequest, *, retry_for_s: float = DEFAULT_RETRY_FOR_S, timeout_s: float | None = None
+        self,
+        request: pb.GenerateRequest,
+        *,
+        retry_for_s: float = DEFAULT_RETRY_FOR_S,
+        timeout_s: float | None = None,
+        tenant: str = "",
     ) -> AsyncGenerator[Event, None]:
         """Streams one request, and goes on with the tokens it has whenever a decoder is unavailable.
 
         retry_for_s bounds the seconds without a stream since the last token (then DecoderUnavailable), timeout_s the
-        whole stream (then DeadlineError). Closing or cancelling the iterator cancels the request at the decoder.
+        whole stream (then DeadlineError); the blocks are leased for `tenant`. Closing or cancelling the iterator cancels
+        the request at the decoder.
         """
         progress = StreamProgress(request)
         outage = _Outage(retry_for_s, len(self.targets), self._waiting)
         deadline = None if timeout_s is None else self._waiting.clock() + timeout_s
+        metadata = ((_TENANT_KEY, tenant),) if tenant else ()
         first = next(self._turn)
         for attempt in itertools.count():
             index = (first + attempt) % len(self.targets)
             target = self.targets[index]
-            call = self._stubs[index].Generate(progress.next_request(), timeout=self._left_s(deadline, target))
+            left_s = self._left_s(deadline, target)
+            call = self._stubs[index].Generate(progress.next_request(), timeout=left_s, metadata=metadata)
             try:
                 async for response in call:
                     for event in progress.take(response, target):

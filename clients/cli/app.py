@@ -21,7 +21,7 @@ EXIT_TERMINATED = 143
 def run(argv: Sequence[str]) -> int:
     """The exit code of a command line."""
     try:
-        args = arguments.build_parser().parse_args(argv)
+        args = arguments.build_parser().parse_args(arguments.normalize(argv))
     except SystemExit as stop:  # argparse has printed the help or what is wrong
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
     try:
@@ -38,12 +38,19 @@ def _dispatch(args: argparse.Namespace) -> int:
     if args.command == "chat":
         return chat.run(args, arguments.DEFAULT_DECODER)
     commands: dict[str, Callable[[], Coroutine[object, object, int]]] = {
+        "loadtest": lambda: _loadtest(args),
         "generate": lambda: generate.run(args, arguments.DEFAULT_DECODER),
         "status": lambda: status.run(args),
         "up": lambda: up.run(args),
     }
     # A supervisor that ends `up` with SIGTERM gets what it asked for.
     return run_cancellable(commands[args.command](), EXIT_DONE if args.command == "up" else EXIT_TERMINATED)
+
+
+async def _loadtest(args: argparse.Namespace) -> int:
+    from clients.loadtest import command  # only its own command waits for all of the harness to load
+
+    return await command.run(args, arguments.DEFAULT_DECODER)
 
 
 def run_cancellable(main: Coroutine[object, object, int], terminated: int = EXIT_TERMINATED) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 
 from clients.cli import values
 from clients.decoder import DEFAULT_RETRY_FOR_S
+from clients.loadtest.arguments import ACTIONS, EXAMPLES, add_loadtest
 from clients.stack import DEFAULT_DECODER_PORT, DEFAULT_MANAGER_PORT
 
 DEFAULT_DECODER = f"127.0.0.1:{DEFAULT_DECODER_PORT}"
@@ -20,6 +22,7 @@ a first session:
   leasehold chat                                   talk to it, in another terminal
   leasehold generate --prompt 'Repeat: zebra-4821'
   leasehold status                                 who holds which blocks
+  leasehold loadtest --users 16                    put it under load; every answer is checked
 
 `leasehold COMMAND --help` says more, with examples.
 {_EXIT_CODES}
@@ -83,7 +86,15 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(_command(commands, "generate", "generate text for one prompt", _GENERATE_EXAMPLES))
     _add_chat(_command(commands, "chat", "talk with the model, turn by turn", _CHAT_EXAMPLES))
     _add_status(_command(commands, "status", "show the pool, its leases and its sessions", _STATUS_EXAMPLES))
+    add_loadtest(_command(commands, "loadtest", "put a system under load and measure it", EXAMPLES), add_stack_flags)
     return parser
+
+
+def normalize(argv: Sequence[str]) -> list[str]:
+    """The command line with what may be left out: `loadtest` alone means `loadtest run`."""
+    if argv[:1] == ["loadtest"] and (len(argv) == 1 or argv[1] not in (*ACTIONS, "-h", "--help")):
+        return ["loadtest", "run", *argv[1:]]
+    return list(argv)
 
 
 def _command(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 
 # A model's text must not move the cursor, retitle the window or ring: control characters but tab and newline go.
 _CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+
+_NUMBER = re.compile(r"^(?:[+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?: ?m?s| ?%)?|-|=|)$")
 
 
 def printable(text: str) -> str:
@@ -18,9 +21,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A plain table: numbers to the right, all else to the left, two spaces between."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(line[column]) for line in [list(header), *cells]) for column in range(len(header))]
-    to_right = [
-        bool(rows) and all(isinstance(row[column], (int, float)) for row in rows) for column in range(len(header))
-    ]
+    to_right = [all(_NUMBER.match(line[column]) for line in cells) for column in range(len(header))]
     lines = []
     for line in [list(header), *cells]:
         padded = [

@@ -1,0 +1,1 @@
+"""`leasehold loadtest`: load with known timing, verified answers, and reports."""
