@@ -45,16 +45,35 @@ class KvManagerClient:
         return await self._call(self._stub.RegisterWorker(request, timeout=self._deadline_s))
 
     async def acquire(self, request: pb.AcquireRequest) -> pb.AcquireResponse:
-        """Creates leases; each item succeeds or fails alone."""
-        return await self._call(self._stub.Acquire(request, timeout=self._deadline_s))
+        """Creates leases; each item succeeds or fails alone. The time that the manager may wait is added to the deadline."""
+        return await self._call(self._stub.Acquire(request, timeout=self._deadline_s + request.wait_ms / 1000))
 
     async def extend(self, request: pb.ExtendRequest) -> pb.ExtendResponse:
-        """Grows leases; each item succeeds or fails alone."""
-        return await self._call(self._stub.Extend(request, timeout=self._deadline_s))
+        """Grows leases; each item succeeds or fails alone. The time that the manager may wait is added to the deadline."""
+        return await self._call(self._stub.Extend(request, timeout=self._deadline_s + request.wait_ms / 1000))
 
     async def release(self, request: pb.ReleaseRequest) -> pb.ReleaseResponse:
         """Gives leases back."""
         return await self._call(self._stub.Release(request, timeout=self._deadline_s))
+
+    async def seal(self, request: pb.SealRequest) -> pb.SealResponse:
+        """Makes full blocks immutable and findable; each item succeeds or fails alone."""
+        return await self._call(self._stub.Seal(request, timeout=self._deadline_s))
+
+    async def flush(self, tenant: str | None = None) -> pb.FlushResponse:
+        """Drops cached blocks that nobody holds: all, or one tenant's."""
+        return await self._call(self._stub.Flush(pb.FlushRequest(tenant=tenant), timeout=self._deadline_s))
+
+    async def scrub(self, max_bytes_per_second: int = 0) -> AsyncGenerator[pb.ScrubProgress, None]:
+        """Verifies the checksums of all sealed blocks, and yields the progress until it is done. 0: the manager's own limit."""
+        call = self._stub.Scrub(pb.ScrubRequest(max_bytes_per_second=max_bytes_per_second))
+        try:
+            async for progress in call:
+                yield progress
+        except grpc.aio.AioRpcError as error:
+            raise call_error(error, self.address) from error
+        finally:
+            call.cancel()
 
     async def describe_pool(self) -> pb.DescribePoolResponse:
         """The pool's place and shape."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from services.decoder.kv_view import KvView
-from services.decoder.leases import AcquireAsk, KvGeometry, LeaseGranted, PoolReady, Post
+from services.decoder.leases import AcquireAsk, ExtendAsk, KvGeometry, LeaseGranted, PoolReady, Post, SealAsk
 
 
 class ContiguousLeases:
@@ -35,9 +35,17 @@ class ContiguousLeases:
         self._held[ask.cache_id] = block_id
         self._post(LeaseGranted(ask.cache_id, (block_id,), 0, None))
 
-    def extend(self, cache_id: int, num_blocks: int) -> None:
+    def extend(self, ask: ExtendAsk) -> None:
         """See LeasePort. Never asked for: one block holds the whole capacity."""
-        raise ValueError(f"cache {cache_id} cannot grow to {num_blocks} blocks: it is one block already")
+        raise ValueError(f"cache {ask.cache_id} cannot grow to {ask.num_blocks} blocks: it is one block already")
+
+    def seal(self, ask: SealAsk) -> None:
+        """See LeasePort. Never asked for: PoolReady did not say can_seal."""
+        raise ValueError(f"cache {ask.cache_id} cannot be sealed: it is its request's own")
+
+    def release_block(self, cache_id: int, block_id: int) -> None:
+        """See LeasePort. Never asked for."""
+        raise ValueError(f"cache {cache_id} has no single block {block_id} to give back")
 
     def release(self, cache_id: int) -> None:
         """See LeasePort."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import structlog
 
 from services.decoder.batch import Batch
+from services.decoder.block_hash import BlockHasher
 from services.decoder.engine_settings import EngineSettings
 from services.decoder.errors import (
     DecoderError,
@@ -25,6 +26,7 @@ from services.decoder.errors import (
 )
 from services.decoder.kv_view import KvView
 from services.decoder.leases import (
+    BlockSealed,
     ClaimsWanted,
     KvGeometry,
     LeaseGranted,
@@ -35,6 +37,7 @@ from services.decoder.leases import (
     ManagerAway,
     ManagerBack,
     PoolReady,
+    SealRefused,
 )
 from services.decoder.request import (
     Admitted,
@@ -232,6 +235,7 @@ class Engine:
         for chunk in chunks:
             samples = chunk.reaches_end
             chunk.sequence.num_computed += chunk.num_tokens
+            self._scheduler.seal_full(chunk.sequence)
             if samples:
                 self._take_token(chunk.sequence, sampled, next(sampling))
 
@@ -286,11 +290,24 @@ class Engine:
                 self._away = reason
             case ManagerBack():
                 self._away = None
-            case PoolReady(kv, block_size):
-                self._away = None
-                self._kv = kv
-                self._buffers.pin(self._settings.max_seqs, blocks_for(self._settings.kv_capacity, block_size))
-                self._scheduler.set_pool(block_size)
+            case BlockSealed():
+                self._scheduler.sealed(message)
+            case SealRefused():
+                self._scheduler.seal_refused(message)
+            case PoolReady():
+                self._take_pool(message)
+
+    def _take_pool(self, pool: PoolReady) -> None:
+        self._away = None
+        self._kv = pool.kv
+        settings, loaded = self._settings, self._loaded.result()
+        self._buffers.pin(settings.max_seqs, blocks_for(settings.kv_capacity, pool.block_size))
+        hasher = None
+        if pool.can_seal:
+            hasher = BlockHasher(
+                loaded.kv_geometry, loaded.numerics_id, pool.block_size, settings.shares_prefixes_between_tenants
+            )
+        self._scheduler.set_pool(pool.block_size, hasher)
 
     def _admit(self, request: DecodeRequest) -> None:
         sequence = Sequence(request, self._num_arrived)

@@ -16,6 +16,7 @@ class EngineSettings:
     max_num_batched_tokens: int = 512  # tokens in a step, decode and prefill together
     reserve_full: bool = False  # lease ceil(kv_capacity / block_size) blocks up front, not on demand
     growth_blocks: int = 2  # blocks asked for at once when a sequence grows
+    shares_prefixes_between_tenants: bool = False  # one salt for all tenants
 
     def __post_init__(self) -> None:
         for flag, value in (

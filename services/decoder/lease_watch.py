@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from services.decoder.leases import (
     AcquireAsk,
+    ExtendAsk,
     KvGeometry,
     LeaseMessage,
     LeasePort,
@@ -14,6 +15,7 @@ from services.decoder.leases import (
     ManagerBack,
     PoolReady,
     Post,
+    SealAsk,
 )
 
 
@@ -42,13 +44,21 @@ class LeaseWatch:
         """See LeasePort."""
         self._inner.acquire(ask)
 
-    def extend(self, cache_id: int, num_blocks: int) -> None:
+    def extend(self, ask: ExtendAsk) -> None:
         """See LeasePort."""
-        self._inner.extend(cache_id, num_blocks)
+        self._inner.extend(ask)
+
+    def seal(self, ask: SealAsk) -> None:
+        """See LeasePort."""
+        self._inner.seal(ask)
 
     def release(self, cache_id: int) -> None:
         """See LeasePort."""
         self._inner.release(cache_id)
+
+    def release_block(self, cache_id: int, block_id: int) -> None:
+        """See LeasePort."""
+        self._inner.release_block(cache_id, block_id)
 
     async def open(self) -> None:
         """See LeasePort."""

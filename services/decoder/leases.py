@@ -33,6 +33,31 @@ class AcquireAsk:
     priority: int
     tenant: str
     age_ticket: int | None  # as issued before; None: a new arrival
+    # Content hashes of the full blocks at the front, without the block of the last token, which is always computed.
+    prefix_hashes: tuple[bytes, ...] = ()
+    # Its stream is under way, so that it waits for blocks rather than fails.
+    is_patient: bool = False
+
+
+@dataclass(frozen=True)
+class ExtendAsk:
+    """A lease that is to grow to num_blocks in all. A needed one may make others give way; a prefetch never does."""
+
+    cache_id: int
+    num_blocks: int
+    is_needed: bool
+
+
+@dataclass(frozen=True)
+class SealAsk:
+    """A block that is full, and that nobody writes any more."""
+
+    cache_id: int
+    block_index: int  # place in the table
+    block_id: int
+    content_hash: bytes
+    parent_hash: bytes
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -52,6 +77,7 @@ class PoolReady:
 
     kv: KvView
     block_size: int
+    can_seal: bool = False  # its blocks can be sealed, found again and shared
 
 
 @dataclass(frozen=True)
@@ -92,18 +118,48 @@ class LeaseRevoked:
 
 
 @dataclass(frozen=True)
+class BlockSealed:
+    """The manager's table names block_id at this place from now on: another than was asked for when its content was there before.
+
+    The engine switches its own table, and gives asked_block_id back, between two steps.
+    """
+
+    cache_id: int
+    block_index: int
+    asked_block_id: int
+    block_id: int
+
+
+@dataclass(frozen=True)
+class SealRefused:
+    """A block stays as it is, unsealed, and so do all that follow it in its table."""
+
+    cache_id: int
+
+
+@dataclass(frozen=True)
 class ClaimsWanted:
     """The engine answers, at a step boundary, with every lease that it holds. `answer` may be called from its thread."""
 
     answer: Callable[[Sequence[HeldLease]], None]
 
 
-LeaseMessage = PoolReady | ManagerAway | ManagerBack | LeaseGranted | LeaseRefused | LeaseRevoked | ClaimsWanted
+LeaseMessage = (
+    PoolReady
+    | ManagerAway
+    | ManagerBack
+    | LeaseGranted
+    | LeaseRefused
+    | LeaseRevoked
+    | BlockSealed
+    | SealRefused
+    | ClaimsWanted
+)
 Post = Callable[[LeaseMessage], None]
 
 
 class LeasePort(Protocol):
-    """Who leases blocks to the engine. `bind`, `acquire`, `extend` and `release` are called by the engine's thread."""
+    """Who leases blocks to the engine, which calls all but `open` and `close` on its own thread."""
 
     def bind(self, geometry: KvGeometry, post: Post, busy_ms: Callable[[], int | None]) -> None:
         """Called once, when the model is loaded. `post` takes messages from any thread; `busy_ms` is the age of the present step."""
@@ -113,12 +169,20 @@ class LeasePort(Protocol):
         """Asks for a lease; LeaseGranted or LeaseRefused follows unless it is released before."""
         ...
 
-    def extend(self, cache_id: int, num_blocks: int) -> None:
-        """Asks for a lease to grow to num_blocks in all; LeaseGranted or LeaseRefused follows unless it is released before."""
+    def extend(self, ask: ExtendAsk) -> None:
+        """Asks for a lease to grow; LeaseGranted or LeaseRefused follows unless it is released before."""
+        ...
+
+    def seal(self, ask: SealAsk) -> None:
+        """Asks to seal a block, front to back; BlockSealed or SealRefused follows. Only where PoolReady said can_seal."""
         ...
 
     def release(self, cache_id: int) -> None:
-        """Gives a lease back, or withdraws an Acquire. No step that the engine has in flight may touch its blocks."""
+        """Gives a lease back, or withdraws an Acquire; what was to be sealed is sealed first. No step in flight touches its blocks."""
+        ...
+
+    def release_block(self, cache_id: int, block_id: int) -> None:
+        """Gives back one block that BlockSealed has replaced in the table. No step in flight touches it."""
         ...
 
     async def open(self) -> None:

@@ -3,92 +3,126 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
-from services.decoder.leases import AcquireAsk
+from services.decoder.leases import AcquireAsk, ExtendAsk, SealAsk
 
 # Items in one call. A reply of as many full tables stays far below the message limit.
 MAX_ITEMS = 256
 
-
-@dataclass(frozen=True)
-class _Extend:
-    cache_id: int
-    num_blocks: int
+_Ask = TypeVar("_Ask")
 
 
 @dataclass(frozen=True)
-class _Release:
+class ReleaseAsk:
+    """A whole lease, or the one block of it that a seal replaced."""
+
     cache_id: int
+    block_id: int | None = None
+
+
+SealKey = tuple[int, int]  # cache id, place in the table
 
 
 class Outbox:
     """Asks, kept until they are answered: a new session sends again what the old one left open.
 
     The engine's thread only appends to `_arrived`; everything else belongs to the event loop. A Release withdraws the asks for its lease,
-    and is sent even when the Acquire was not answered, because it may have been served.
+    and is sent even when the Acquire was not answered, because it may have been served. It waits for the seals that were asked before it:
+    what is sealed stays cached, and a prefix hit later.
     """
 
     def __init__(self) -> None:
-        self._arrived: deque[AcquireAsk | _Extend | _Release] = deque()
+        self._arrived: deque[AcquireAsk | ExtendAsk | SealAsk | ReleaseAsk] = deque()
         self.acquires: dict[int, AcquireAsk] = {}
-        self.extends: dict[int, int] = {}
-        self._releases: dict[int, None] = {}  # a set in the order of arrival
+        self.extends: dict[int, ExtendAsk] = {}
+        self._seals: dict[SealKey, SealAsk] = {}
+        self._num_seals: Counter[int] = Counter()  # open ones of each lease
+        self._releases: dict[ReleaseAsk, None] = {}  # a set in the order of arrival
+        self._releases_after_seals: dict[int, None] = {}
         self.all_released = asyncio.Event()
         self.all_released.set()
 
-    def acquire(self, ask: AcquireAsk) -> None:
+    def put(self, ask: AcquireAsk | ExtendAsk | SealAsk | ReleaseAsk) -> None:
         """Any thread."""
         self._arrived.append(ask)
-
-    def extend(self, cache_id: int, num_blocks: int) -> None:
-        """Any thread."""
-        self._arrived.append(_Extend(cache_id, num_blocks))
-
-    def release(self, cache_id: int) -> None:
-        """Any thread."""
-        self._arrived.append(_Release(cache_id))
 
     def sort(self) -> None:
         """Takes in what has arrived."""
         while self._arrived:
             ask = self._arrived.popleft()
-            if isinstance(ask, AcquireAsk):
-                self.acquires[ask.cache_id] = ask
-            elif isinstance(ask, _Extend):
-                self.extends[ask.cache_id] = ask.num_blocks
-            else:
-                self.acquires.pop(ask.cache_id, None)
-                self.extends.pop(ask.cache_id, None)
-                self._releases[ask.cache_id] = None
+            match ask:
+                case AcquireAsk():
+                    self.acquires[ask.cache_id] = ask
+                case ExtendAsk():
+                    self.extends[ask.cache_id] = ask
+                case SealAsk():
+                    self._seals[ask.cache_id, ask.block_index] = ask
+                    self._num_seals[ask.cache_id] += 1
+                case ReleaseAsk(cache_id, None):
+                    self.acquires.pop(cache_id, None)
+                    self.extends.pop(cache_id, None)
+                    if self._num_seals[cache_id]:
+                        self._releases_after_seals[cache_id] = None
+                    else:
+                        self._releases[ask] = None
+                case ReleaseAsk():
+                    self._releases[ask] = None
         self._note()
 
-    def next_acquires(self) -> list[AcquireAsk]:
-        """The oldest open ones, as many as fit into a call."""
-        return list(islice(self.acquires.values(), MAX_ITEMS))
+    def next_acquires(self, without: Container[int]) -> list[AcquireAsk]:
+        """The oldest open ones, as many as fit into a call, without some cache ids."""
+        return _first(self.acquires, without)
 
-    def next_extends(self) -> list[tuple[int, int]]:
-        """The oldest open ones, (cache id, number of blocks), as many as fit into a call."""
-        return list(islice(self.extends.items(), MAX_ITEMS))
+    def next_extends(self, without: Container[int]) -> list[ExtendAsk]:
+        """The oldest open ones, as many as fit into a call, without some cache ids."""
+        return _first(self.extends, without)
 
-    def next_releases(self) -> list[int]:
+    def next_seals(self) -> list[SealAsk]:
+        """The oldest open ones, as many as fit into a call; those of a table are front to back."""
+        return list(islice(self._seals.values(), MAX_ITEMS))
+
+    def next_releases(self) -> list[ReleaseAsk]:
         """The oldest open ones, as many as fit into a call."""
         return list(islice(self._releases, MAX_ITEMS))
 
-    def released(self, cache_ids: Sequence[int]) -> None:
-        """These releases are answered."""
-        for cache_id in cache_ids:
-            self._releases.pop(cache_id, None)
+    def end_seals(self, asks: Sequence[SealAsk]) -> None:
+        """These are answered, or will never be."""
+        for ask in asks:
+            if self._seals.pop((ask.cache_id, ask.block_index), None) is None:
+                continue
+            self._num_seals[ask.cache_id] -= 1
+            if not self._num_seals[ask.cache_id]:
+                del self._num_seals[ask.cache_id]
+                if ask.cache_id in self._releases_after_seals:
+                    del self._releases_after_seals[ask.cache_id]
+                    self._releases[ReleaseAsk(ask.cache_id)] = None
+        self._note()
+
+    def drop_seals(self) -> None:
+        """The pool whose blocks were to be sealed is gone."""
+        self.sort()
+        self.end_seals(list(self._seals.values()))
+
+    def end_releases(self, asks: Sequence[ReleaseAsk]) -> None:
+        """These are answered."""
+        for ask in asks:
+            self._releases.pop(ask, None)
         self._note()
 
     def _note(self) -> None:
-        if self._arrived or self._releases:
+        if self._arrived or self._releases or self._releases_after_seals:
             self.all_released.clear()
         else:
             self.all_released.set()
+
+
+def _first(asks: Mapping[int, _Ask], without: Container[int]) -> list[_Ask]:
+    return list(islice((ask for cache_id, ask in asks.items() if cache_id not in without), MAX_ITEMS))
 
 
 class CallNumbers:

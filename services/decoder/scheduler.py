@@ -5,9 +5,20 @@ from __future__ import annotations
 from bisect import insort
 from itertools import count
 
+from services.decoder.block_hash import BlockHasher
 from services.decoder.engine_settings import EngineSettings
-from services.decoder.errors import DecoderError, EngineFailedError
-from services.decoder.leases import AcquireAsk, HeldLease, LeaseGranted, LeasePort, LeaseRefused
+from services.decoder.errors import DecoderError, EngineFailedError, PoolExhaustedError
+from services.decoder.leases import (
+    AcquireAsk,
+    BlockSealed,
+    ExtendAsk,
+    HeldLease,
+    LeaseGranted,
+    LeasePort,
+    LeaseRefused,
+    SealAsk,
+    SealRefused,
+)
 from services.decoder.sequence import Chunk, Sequence, SequenceState, blocks_for
 
 
@@ -31,6 +42,7 @@ class Scheduler:
         self._port = port
         self._cache_ids = count(1)
         self._block_size: int | None = None
+        self._hasher: BlockHasher | None = None  # where blocks can be sealed
         self._waiting: list[Sequence] = []  # sorted by order
         self._seated: dict[int, Sequence] = {}  # by cache id, acquiring or running
 
@@ -41,12 +53,15 @@ class Scheduler:
             raise ValueError("there is no pool yet")
         return self._block_size
 
-    def set_pool(self, block_size: int) -> None:
+    def set_pool(self, block_size: int, hasher: BlockHasher | None = None) -> None:
         """A pool is mapped for the first time, or anew: leases of before are void, and their sequences start over."""
         # An Acquire that is still open would lease blocks of the new pool for nobody, so everything is released.
         for cache_id in list(self._seated):
             self.preempt(cache_id)
+        for sequence in self._waiting:
+            sequence.forget_hashes()
         self._block_size = block_size
+        self._hasher = hasher
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence."""
@@ -78,11 +93,12 @@ class Scheduler:
         if num_blocks < max(sequence.num_blocks_asked, len(sequence.block_ids)):
             raise LeaseError(sequence, EngineFailedError(f"the lease has only {num_blocks} blocks"))
         if sequence.state is SequenceState.RUNNING:
-            sequence.take_blocks(answer.block_ids)
+            sequence.grow(answer.block_ids)
             return sequence, False
         if num_cached >= len(sequence.token_ids) or num_cached % self.block_size:
             raise LeaseError(sequence, EngineFailedError(f"the lease has {num_cached} cached tokens"))
         sequence.take_blocks(answer.block_ids)
+        sequence.num_seals_asked = num_cached // self.block_size
         return sequence, sequence.start(num_cached, answer.age_ticket)
 
     def refused(self, answer: LeaseRefused) -> None:
@@ -90,15 +106,47 @@ class Scheduler:
         sequence = self._seated.get(answer.cache_id)
         if sequence is None:
             return
-        asked, sequence.num_blocks_asked = sequence.num_blocks_asked, 0
-        if sequence.state is SequenceState.RUNNING:
+        sequence.num_blocks_asked = 0
+        if sequence.state is not SequenceState.RUNNING:
+            del self._seated[answer.cache_id]  # nothing was leased, so nothing is to be released
+        elif not sequence.is_growth_needed:
             # A refused prefetch harms nobody: the least that is needed is asked for when it is needed.
             sequence.growth_refused = True
-            if self._room(sequence) > 0 or asked > len(sequence.block_ids) + 1:
-                return
-        else:
-            del self._seated[answer.cache_id]  # nothing was leased, so nothing is to be released
+            return
+        elif isinstance(answer.error, PoolExhaustedError):
+            # Nobody was left to give way to it. It gives way itself, and goes on when there is room.
+            self.preempt(answer.cache_id)
+            return
         raise LeaseError(sequence, answer.error)
+
+    def seal_full(self, sequence: Sequence) -> None:
+        """Asks to seal the blocks that became full; to be called after the step that wrote them was committed."""
+        if self._hasher is None or not sequence.can_seal:
+            return
+        first, full = sequence.num_seals_asked, sequence.num_computed // self.block_size
+        if first >= full:
+            return
+        hashes = sequence.block_hashes(self._hasher, full)
+        for index in range(first, full):
+            block_id = int(sequence.block_ids[index])
+            self._port.seal(
+                SealAsk(sequence.cache_id, index, block_id, hashes[index + 1], hashes[index], self.block_size)
+            )
+        sequence.num_seals_asked = full
+
+    def sealed(self, answer: BlockSealed) -> None:
+        """Takes a seal in: a deduplicated block takes the place of its duplicate, which is given back."""
+        sequence = self._seated.get(answer.cache_id)
+        if sequence is None or answer.block_id == answer.asked_block_id:
+            return  # of a lease that was given back whole, its duplicates with it
+        sequence.switch_block(answer.block_index, answer.block_id)
+        self._port.release_block(answer.cache_id, answer.asked_block_id)
+
+    def seal_refused(self, answer: SealRefused) -> None:
+        """Nothing after a block that is not sealed can be."""
+        sequence = self._seated.get(answer.cache_id)
+        if sequence is not None:
+            sequence.can_seal = False
 
     def held(self) -> list[HeldLease]:
         """Every lease that is held now."""
@@ -135,10 +183,23 @@ class Scheduler:
                 num_blocks = blocks_for(self._settings.kv_capacity, self.block_size)
             sequence.take_seat(next(self._cache_ids), num_blocks)
             self._seated[sequence.cache_id] = sequence
-            request = sequence.request
-            self._port.acquire(
-                AcquireAsk(sequence.cache_id, num_blocks, request.priority, request.tenant, sequence.age_ticket)
-            )
+            self._port.acquire(self._acquire_ask(sequence, num_blocks))
+
+    def _acquire_ask(self, sequence: Sequence, num_blocks: int) -> AcquireAsk:
+        request = sequence.request
+        prefix: list[bytes] = []
+        if self._hasher is not None:
+            # The last token is computed in any case: the next one is sampled from it.
+            prefix = sequence.block_hashes(self._hasher, (len(sequence.token_ids) - 1) // self.block_size)[1:]
+        return AcquireAsk(
+            sequence.cache_id,
+            num_blocks,
+            request.priority,
+            request.tenant,
+            sequence.age_ticket,
+            prefix_hashes=tuple(prefix),
+            is_patient=sequence.num_cached_tokens is not None or request.age_ticket is not None,
+        )
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Asks for more blocks when, after this step, less than one is spare."""
@@ -154,7 +215,8 @@ class Scheduler:
         else:
             target = min(held + self._settings.growth_blocks, most)
         sequence.num_blocks_asked = target
-        self._port.extend(sequence.cache_id, target)
+        sequence.is_growth_needed = self._room(sequence) == 0
+        self._port.extend(ExtendAsk(sequence.cache_id, target, sequence.is_growth_needed))
 
     def _give_up_seat(self, sequence: Sequence) -> None:
         if sequence.state is SequenceState.WAITING:

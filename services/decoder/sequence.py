@@ -11,6 +11,7 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
+from services.decoder.block_hash import BlockHasher
 from services.decoder.leases import HeldLease
 from services.decoder.request import DecodeRequest, FinishReason
 from services.decoder.sampler import RowSampling
@@ -50,6 +51,10 @@ class Sequence:
         self.block_ids = _NO_BLOCKS
         self.num_blocks_asked = 0  # by an Acquire or Extend without an answer yet; 0: none
         self.growth_refused = False
+        self.is_growth_needed = False  # of the Extend without an answer: it cannot go on without
+        self.num_seals_asked = 0  # blocks at the front that are sealed, or asked to be
+        self.can_seal = True
+        self._block_hashes: list[bytes] = []
         params = request.sampling
         wants_counts = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         self._output_counts = Counter(request.output_token_ids) if wants_counts else None
@@ -82,6 +87,31 @@ class Sequence:
         self.num_blocks_asked = 0
         self.growth_refused = False
 
+    def grow(self, block_ids: SequenceOf[int]) -> None:
+        """A longer table. What it holds already stays: an answer may be older than a switch to a deduplicated block."""
+        held = len(self.block_ids)
+        self.take_blocks([*self.block_ids.tolist(), *block_ids[held:]])
+
+    def switch_block(self, index: int, block_id: int) -> None:
+        """Another block holds the same content."""
+        block_ids = self.block_ids.copy()
+        block_ids[index] = block_id
+        self.block_ids = block_ids
+
+    def block_hashes(self, hasher: BlockHasher, num_blocks: int) -> list[bytes]:
+        """The content hashes of the first num_blocks blocks, and before them the seed of the chain."""
+        hashes, size = self._block_hashes, hasher.block_size
+        if not hashes:
+            hashes.append(hasher.seed(self.request.tenant))
+        while len(hashes) <= num_blocks:
+            start = (len(hashes) - 1) * size
+            hashes.append(hasher.hash_block(hashes[-1], self.token_ids[start : start + size]))
+        return hashes[: num_blocks + 1]
+
+    def forget_hashes(self) -> None:
+        """The pool has changed, and with it what a block is."""
+        self._block_hashes.clear()
+
     def start(self, num_cached_tokens: int, age_ticket: int | None) -> bool:
         """It has its blocks and runs; says whether that is the first time."""
         first = self.num_cached_tokens is None
@@ -99,6 +129,8 @@ class Sequence:
         self.block_ids = _NO_BLOCKS
         self.num_blocks_asked = 0
         self.growth_refused = False
+        self.num_seals_asked = 0
+        self.can_seal = True
         self.num_computed = 0
 
     def held_lease(self) -> HeldLease:

@@ -22,6 +22,7 @@ from services.decoder.lease_calls import LeaseCalls, SessionBrokenError, broken_
 from services.decoder.leases import (
     AcquireAsk,
     ClaimsWanted,
+    ExtendAsk,
     HeldLease,
     KvGeometry,
     LeaseRevoked,
@@ -29,9 +30,10 @@ from services.decoder.leases import (
     ManagerBack,
     PoolReady,
     Post,
+    SealAsk,
 )
 from services.decoder.lock_file import WorkerLock, take_worker_lock
-from services.decoder.outbox import Outbox
+from services.decoder.outbox import Outbox, ReleaseAsk
 from services.decoder.registration import Registrar, WorkerSettings
 
 __all__ = ["ManagerLeases", "MappedPool", "WorkerSettings"]
@@ -72,7 +74,7 @@ class _Bound:
 
 
 class ManagerLeases:
-    """A LeasePort over gRPC. All but `bind`, `acquire`, `extend` and `release` runs on the server's event loop."""
+    """A LeasePort over gRPC. What the engine calls only puts asks into the outbox; all else runs on the server's event loop."""
 
     def __init__(
         self, client: KvManagerClient, settings: WorkerSettings, map_pool: Callable[[pb.PoolInfo], MappedPool]
@@ -98,18 +100,23 @@ class ManagerLeases:
 
     def acquire(self, ask: AcquireAsk) -> None:
         """See LeasePort."""
-        self._outbox.acquire(ask)
-        self._wake()
+        self._put(ask)
 
-    def extend(self, cache_id: int, num_blocks: int) -> None:
+    def extend(self, ask: ExtendAsk) -> None:
         """See LeasePort."""
-        self._outbox.extend(cache_id, num_blocks)
-        self._wake()
+        self._put(ask)
+
+    def seal(self, ask: SealAsk) -> None:
+        """See LeasePort."""
+        self._put(ask)
 
     def release(self, cache_id: int) -> None:
         """See LeasePort."""
-        self._outbox.release(cache_id)
-        self._wake()
+        self._put(ReleaseAsk(cache_id))
+
+    def release_block(self, cache_id: int, block_id: int) -> None:
+        """See LeasePort."""
+        self._put(ReleaseAsk(cache_id, block_id))
 
     async def open(self) -> None:
         """See LeasePort. A manager that is away is no error: the session is opened when it comes."""
@@ -139,7 +146,8 @@ class ManagerLeases:
                 lock.close()
             self._locks.clear()
 
-    def _wake(self) -> None:
+    def _put(self, ask: AcquireAsk | ExtendAsk | SealAsk | ReleaseAsk) -> None:
+        self._outbox.put(ask)
         if self._loop is None or self._is_wake_due:
             return
         # One wake-up takes in everything up to it; the flag falls before the asks are read, so that none is left behind.
@@ -214,23 +222,26 @@ class ManagerLeases:
             if error.code in _FINAL:
                 raise ConfigError(f"--kv-manager: the KV manager at {self._client.address} refuses: {error}") from error
             raise SessionBrokenError(str(error), is_away=True) from error
-        self._take_over(bound, reply)
+        pool = self._take_over(bound, reply)
         _log.info("session_opened", epoch=reply.epoch, claims=len(claims), claims_accepted=reply.claims_accepted)
-        calls = LeaseCalls(self._client, self._settings.worker_id, reply.epoch, self._outbox, bound.post)
+        calls = LeaseCalls(self._client, self._settings.worker_id, reply.epoch, self._outbox, bound.post, pool)
         return _Session(reply.epoch, reply.ttl_ms / 1000, reply.keepalive_interval_ms / 1000, calls)
 
-    def _take_over(self, bound: _Bound, reply: pb.RegisterWorkerResponse) -> None:
-        """Tells the engine what became of its leases, before any answer of the new session."""
-        if reply.claims_accepted:
+    def _take_over(self, bound: _Bound, reply: pb.RegisterWorkerResponse) -> MappedPool:
+        """Tells the engine what became of its leases, before any answer of the new session; the pool that they are in."""
+        if reply.claims_accepted and self._pool is not None:
             for cache_id in reply.lost_cache_ids:
                 bound.post(LeaseRevoked(cache_id))
             bound.post(ManagerBack())
-            return
+            return self._pool
         try:
-            self._pool = self._map_pool(reply.pool)
+            pool = self._map_pool(reply.pool)
         except (OSError, ValueError) as error:
             raise ConfigError(f"--kv-manager: cannot map the pool {reply.pool.kv_path}: {error}") from error
-        bound.post(PoolReady(self._pool, reply.pool.block_size))
+        self._pool = pool
+        self._outbox.drop_seals()
+        bound.post(PoolReady(pool, reply.pool.block_size, can_seal=True))
+        return pool
 
     async def _hold_lock(self, pool_dir: Path) -> WorkerLock:
         for lock in self._locks:
@@ -289,6 +300,9 @@ class ManagerLeases:
                     raise broken_by(error) from error
                 if reply.epoch != session.epoch:
                     raise SessionBrokenError(f"a keepalive of epoch {reply.epoch}, not {session.epoch}")
+                if reply.session_revoked:
+                    # Its leases are claimed again as they are: nothing has to be computed anew.
+                    raise SessionBrokenError("the manager revoked the session, because this worker was silent or hung")
                 for cache_id in reply.revoked_cache_ids:
                     bound.post(LeaseRevoked(cache_id))
 

@@ -21,6 +21,7 @@ from services.decoder.errors import DecoderError
 from services.decoder.kv_view import KvView
 from services.decoder.leases import (
     AcquireAsk,
+    ExtendAsk,
     KvGeometry,
     LeaseGranted,
     LeaseMessage,
@@ -28,6 +29,7 @@ from services.decoder.leases import (
     LeaseRefused,
     PoolReady,
     Post,
+    SealAsk,
 )
 from services.decoder.request import Admitted, DecodeRequest, Event, Failed, Finished, SamplingParams, Token
 from services.decoder.sampler import RowSampling, Sampled
@@ -142,24 +144,34 @@ class PooledLeases:
         self.refuse: Callable[[str, int], DecoderError | None] = lambda kind, cache_id: None
         self.post: Post = lambda message: None
         self.announce = True
-        self.tickets: dict[int, int | None] = {}
+        self.can_seal = False
+        self.seals: list[SealAsk] = []
+        self.acquires: list[AcquireAsk] = []
         self._next_ticket = 100
 
     def bind(self, geometry: KvGeometry, post: Post, busy_ms: Callable[[], int | None]) -> None:
         self.post = post
         if self.announce:
-            post(PoolReady(self.kv, self.block_size))
+            post(PoolReady(self.kv, self.block_size, self.can_seal))
 
     def acquire(self, ask: AcquireAsk) -> None:
+        self.acquires.append(ask)
         self.log.append(("acquire", ask.cache_id, ask.num_blocks))
         self._next_ticket += 1
         ticket = ask.age_ticket if ask.age_ticket is not None else self._next_ticket
         self._grow("acquire", ask.cache_id, ask.num_blocks, ticket)
 
-    def extend(self, cache_id: int, num_blocks: int) -> None:
-        self.log.append(("extend", cache_id, num_blocks))
+    def extend(self, ask: ExtendAsk) -> None:
+        self.log.append(("extend", ask.cache_id, ask.num_blocks))
         if not self.hold_extends:
-            self._grow("extend", cache_id, num_blocks, None)
+            self._grow("extend", ask.cache_id, ask.num_blocks, None)
+
+    def seal(self, ask: SealAsk) -> None:
+        self.log.append(("seal", ask.cache_id, ask.block_index))
+        self.seals.append(ask)
+
+    def release_block(self, cache_id: int, block_id: int) -> None:
+        self.log.append(("release_block", cache_id, block_id))
 
     def grant_held(self) -> None:
         """Answers the extends that were held back."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -274,16 +276,65 @@ def test_a_sequence_without_room_waits_and_the_others_go_on(leases: PooledLeases
         assert harness.outcome("stuck").tokens == expected_tokens(stuck)
 
 
-def test_a_refused_prefetch_harms_nobody_and_a_refused_need_fails_the_request(leases: PooledLeases) -> None:
+def test_a_refused_prefetch_harms_nobody_and_a_refused_need_gives_way(leases: PooledLeases) -> None:
     request = make_request("grows", 4, 40)
     with EngineHarness(leases) as harness:
-        leases.refuse = lambda kind, cache_id: exhausted() if kind == "extend" else None
+        leases.refuse = lambda kind, cache_id: exhausted() if (kind, cache_id) == ("extend", 1) else None
+        [outcome] = harness.run(request)
+        assert outcome.tokens == expected_tokens(request)
+        assert leases.log[:5] == [
+            ("acquire", 1, 2),
+            ("extend", 1, 4),  # a prefetch
+            ("extend", 1, 3),  # what it needs
+            ("release", 1, 0),
+            ("acquire", 2, 3),  # the prompt, the tokens that it had, and one more
+        ]
+        assert [ask.is_patient for ask in leases.acquires] == [False, True]
+        assert leases.acquires[1].age_ticket == 101
+        assert len(leases.free) == 256
+
+
+def test_growth_that_can_never_be_fails_the_request(leases: PooledLeases) -> None:
+    request = make_request("too long", 4, 40)
+    with EngineHarness(leases) as harness:
+        leases.refuse = lambda kind, cache_id: NeverFitsError("never") if kind == "extend" else None
         [outcome] = harness.run(request)
         assert outcome.tokens == expected_tokens(request)[:5]
-        assert isinstance(outcome.error, PoolExhaustedError)
-        asked = [num_blocks for kind, _, num_blocks in leases.log if kind == "extend"]
-        assert asked == [4, 3]
+        assert isinstance(outcome.error, NeverFitsError)
         assert len(leases.free) == 256
+
+
+def test_full_blocks_are_sealed_in_order_after_the_step_that_wrote_them() -> None:
+    leases = PooledLeases(64, 4)
+    leases.can_seal = True
+    request = make_request("sealed", 9, 10)
+    with EngineHarness(leases, EngineSettings(max_seqs=4, max_num_batched_tokens=6)) as harness:
+        harness.run(request)
+        # 18 tokens have K/V: the last one is only sampled.
+        assert [(ask.cache_id, ask.block_index) for ask in leases.seals] == [(1, index) for index in range(4)]
+        assert [kind for kind, _, _ in leases.log if kind in ("seal", "release")] == ["seal"] * 4 + ["release"]
+        for before, after in itertools.pairwise(leases.seals):
+            assert after.parent_hash == before.content_hash
+        [first] = harness.run(replace(request, request_id="again"))
+        assert first.tokens == expected_tokens(request)
+    # The last prompt token is always computed, so the block that it is in is not asked for.
+    assert leases.acquires[1].prefix_hashes == tuple(ask.content_hash for ask in leases.seals[:2])
+
+
+def test_tenants_have_hashes_of_their_own_unless_told_otherwise() -> None:
+    def hashes(shares: bool) -> list[tuple[bytes, ...]]:
+        leases = PooledLeases(64, 4)
+        leases.can_seal = True
+        settings = EngineSettings(shares_prefixes_between_tenants=shares)
+        with EngineHarness(leases, settings) as harness:
+            for tenant in ("a", "b"):
+                harness.run(replace(make_request("same", 9, 2), request_id=tenant, tenant=tenant))
+        return [ask.prefix_hashes for ask in leases.acquires]
+
+    own_a, own_b = hashes(shares=False)
+    assert set(own_a).isdisjoint(own_b)
+    shared_a, shared_b = hashes(shares=True)
+    assert shared_a == shared_b
 
 
 def test_s24_s30_a_refused_acquire_fails_the_request_and_leaves_nothing(leases: PooledLeases) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from services.decoder.block_hash import BlockHasher
 from services.decoder.engine_settings import EngineSettings
 from services.decoder.errors import EngineFailedError, NeverFitsError
-from services.decoder.leases import LeaseGranted, LeaseRefused
+from services.decoder.leases import BlockSealed, LeaseGranted, LeaseRefused, SealRefused
 from services.decoder.scheduler import LeaseError, Scheduler
 from services.decoder.sequence import Chunk, Sequence, SequenceState
-from tests.decoder.engine_fakes import PooledLeases, make_request
+from tests.decoder.engine_fakes import GEOMETRY, PooledLeases, make_request
 
 BLOCK = 4
 
@@ -138,6 +139,65 @@ def test_cached_tokens_are_not_computed_again() -> None:
     assert sequence.num_cached_tokens == 8
     [chunk] = bench.scheduler.plan()
     assert (chunk.num_tokens, chunk.reaches_end) == (1, True)
+
+
+def running(bench: Bench, name: str, num_prompt: int) -> Sequence:
+    """A sequence whose prompt is computed."""
+    sequence = bench.add(name, num_prompt, 20)
+    while sequence.num_outputs == 0:
+        bench.step()
+    return sequence
+
+
+def test_a_deduplicated_block_takes_its_place_and_the_duplicate_is_given_back() -> None:
+    bench = Bench()
+    sequence = running(bench, "twin", 6)
+    own = sequence.block_ids.tolist()
+    bench.scheduler.sealed(BlockSealed(1, 0, own[0], own[0]))
+    assert sequence.block_ids.tolist() == own
+    bench.scheduler.sealed(BlockSealed(1, 0, own[0], 55))
+    assert sequence.block_ids.tolist() == [55, *own[1:]]
+    assert bench.port.log[-1] == ("release_block", 1, own[0])
+    # The answer to an Extend may be older than the switch.
+    bench.scheduler.granted(LeaseGranted(1, (*own, 60), 0, 9))
+    assert sequence.block_ids.tolist() == [55, *own[1:], 60]
+
+
+def test_a_seal_of_a_lease_of_before_is_ignored() -> None:
+    bench = Bench()
+    sequence = running(bench, "gone", 6)
+    bench.scheduler.preempt(1)
+    log = list(bench.port.log)
+    bench.scheduler.sealed(BlockSealed(1, 0, 3, 55))
+    bench.scheduler.seal_refused(SealRefused(1))
+    assert sequence.can_seal
+    assert bench.port.log == log
+
+
+def test_nothing_is_sealed_after_a_refusal() -> None:
+    bench = Bench()
+    bench.scheduler.set_pool(BLOCK, BlockHasher(GEOMETRY, "n", BLOCK))
+    sequence = running(bench, "odd", 6)
+    bench.scheduler.seal_full(sequence)
+    assert [ask.block_index for ask in bench.port.seals] == [0]
+    bench.scheduler.seal_refused(SealRefused(sequence.cache_id))
+    while sequence.num_computed < 12:
+        bench.step()
+    bench.scheduler.seal_full(sequence)
+    assert [ask.block_index for ask in bench.port.seals] == [0]
+
+
+def test_cached_blocks_are_not_sealed_again() -> None:
+    bench = Bench()
+    bench.scheduler.set_pool(BLOCK, BlockHasher(GEOMETRY, "n", BLOCK))
+    sequence = bench.add("hit", 13)
+    bench.scheduler.plan()
+    bench.scheduler.granted(LeaseGranted(1, (5, 6, 7, 8), 8, 9))
+    [chunk] = bench.scheduler.plan()
+    bench.compute(chunk)
+    bench.scheduler.seal_full(sequence)
+    assert [(ask.block_index, ask.block_id) for ask in bench.port.seals] == [(2, 7)]
+    assert bench.port.seals[0].parent_hash == bench.port.acquires[0].prefix_hashes[1]
 
 
 def test_a_refused_acquire_leaves_nothing_to_release() -> None:
