@@ -15,6 +15,7 @@ import pytest
 from services.decoder.kv_view import KvView, PagedKv
 from services.decoder.loader import open_checkpoint
 from services.decoder.models import Model
+from services.decoder.ops import cpu_attention
 from services.decoder.ops.base import LinearTensors
 from services.decoder.ops.blas import chunk_rows
 from services.decoder.ops.cpu_attention import TILE_TOKENS
@@ -109,6 +110,15 @@ def test_bits_do_not_depend_on_what_stays_in_memory(
     model = load(directory, MlxOps(resident_bytes=0))
     driver = ModelDriver(model, make_pool(tmp_path, model.config, "bf16"), range(1, 20))
     _same_as_alone(driver, list(_chunks(np.random.default_rng(4), 30)), alone["bf16"])
+
+
+def test_bits_do_not_depend_on_how_many_scores_are_in_memory(
+    tmp_path: Path, model: Model, alone: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for max_scores in (1, 7000, 1 << 30):
+        monkeypatch.setattr(cpu_attention, "_MAX_SCORES", max_scores)
+        driver = ModelDriver(model, make_pool(tmp_path, model.config, "f16"), range(1, 20))
+        _same_as_alone(driver, [TOKENS], alone["f16"])
 
 
 def _poison(pool: PagedKv, block_ids: Sequence[int]) -> None:

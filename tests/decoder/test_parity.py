@@ -18,10 +18,9 @@ from tests.decoder.numpy_reference import NumpyQwen3Moe
 from tests.decoder.tiny_models import TinyConfig, random_tiny_config, write_tiny_checkpoint
 
 NUM_TOKENS = 64
-NUM_PROMPTS = 16
-# 24 random configurations: every third float32, 4-bit, 8-bit. The first of each kind run always.
-MATRIX = [(seed, (0, 4, 8)[seed % 3]) for seed in range(24)]
-QUICK = MATRIX[:3]
+# 24 random configurations with 16 prompts: every third float32, 4-bit, 8-bit. The first of each kind run always, with 3.
+MATRIX = [(seed, (0, 4, 8)[seed % 3], 16) for seed in range(24)]
+QUICK = [(seed, bits, 3) for seed, bits, _ in MATRIX[:3]]
 
 
 def _mlx_lm_greedy(model: Any, prompt: list[int]) -> list[int]:
@@ -35,18 +34,18 @@ def _mlx_lm_greedy(model: Any, prompt: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("seed", "bits"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in MATRIX]
+    ("seed", "bits", "num_prompts"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in MATRIX)]
 )
-def test_greedy_tokens_equal_those_of_mlx_lm(tmp_path: Path, seed: int, bits: int) -> None:
+def test_greedy_tokens_equal_those_of_mlx_lm(tmp_path: Path, seed: int, bits: int, num_prompts: int) -> None:
     rng = np.random.default_rng(1000 + seed)
     config = random_tiny_config(rng, bits)
     directory = write_tiny_checkpoint(tmp_path / "model", config, seed)
     model = load(directory, MlxOps())
     prompts = {
         f"seq-{index}": rng.integers(0, config.vocab_size, int(rng.integers(1, 40))).tolist()
-        for index in range(NUM_PROMPTS)
+        for index in range(num_prompts)
     }
-    pool = make_pool(tmp_path, model.config, "f32", num_blocks=NUM_PROMPTS * 7 + 1)
+    pool = make_pool(tmp_path, model.config, "f32", num_blocks=num_prompts * 7 + 1)
     driver = ModelDriver(model, pool, rng.permutation(np.arange(1, pool.num_blocks)).tolist())
     outputs = generate_greedy(driver, prompts, NUM_TOKENS, rng)
     reference, _ = load_mlx_lm(directory)

@@ -43,10 +43,19 @@ def blas_name() -> str:
         library.scipy_openblas_set_num_threads64_(1)
         core: Any = library.scipy_openblas_get_corename64_
         core.restype = ctypes.c_char_p
-        return f"openblas-{_build('version')}-{core().decode()}"
-    return f"{_build('name')}-{_build('version')}"
+        return f"openblas-{_blas('version')}-{core().decode()}"
+    return f"{_blas('name')}-{_blas('version')}"
 
 
-def _build(key: str) -> str:
-    config: Any = np.show_config(mode="dicts")
-    return str(config["Build Dependencies"]["blas"].get(key, "unknown"))
+def numpy_name() -> str:
+    """Names NumPy's version and the widest instructions it found: its exp rounds by both."""
+    found = _config()["SIMD Extensions"].get("found") or ["baseline"]
+    return f"numpy-{np.__version__}-{found[-1]}"
+
+
+def _blas(key: str) -> str:
+    return str(_config()["Build Dependencies"]["blas"].get(key, "unknown"))
+
+
+def _config() -> Any:
+    return np.show_config(mode="dicts")

@@ -77,9 +77,11 @@ class HostAttention:
         for group in groups:
             context = self._context(group, k, v, kv, layer)
             step = max(1, _MAX_SCORES // (len(group.rows) * shape.num_heads * group.num_tiles * TILE_TOKENS))
+            step = min(step, TILE_TOKENS)  # few rows share their last tile, and later tiles are work for nothing
             for start in range(0, group.rows.shape[1], step):
-                rows = group.rows[:, start : start + step]
-                out[rows] = _attend_tiles(q[rows], group.positions[:, start : start + step], context, shape)
+                rows, positions = group.rows[:, start : start + step], group.positions[:, start : start + step]
+                num_tiles = int(positions.max()) // TILE_TOKENS + 1
+                out[rows] = _attend_tiles(q[rows], positions, context[:, :, :, :num_tiles], shape)
         return out
 
     def _context(

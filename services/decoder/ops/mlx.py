@@ -24,7 +24,7 @@ from services.decoder.ops.base import (
     MoeTensors,
     Tensor,
 )
-from services.decoder.ops.blas import FloatArray, blas_name
+from services.decoder.ops.blas import FloatArray, blas_name, numpy_name
 from services.decoder.ops.cpu_attention import HostAttention, SequenceGroup, plan_groups
 from services.decoder.ops.mlx_weights import Budget, Linear, load_experts, widen_tensor
 from services.decoder.ops.rope_table import RopeTable
@@ -92,7 +92,9 @@ class MlxOps:
         self._budget = Budget(resident_bytes)
         self._attention = HostAttention()
         self._ropes: dict[tuple[bytes, float], RopeTable] = {}
-        self._numerics_id = f"mlx-{version('mlx')}-{mx.default_device().type.name}-{blas_name()}-r{KERNEL_REVISION}"
+        device = mx.default_device().type.name
+        parts = (f"mlx-{version('mlx')}-{device}", numpy_name(), blas_name(), f"r{KERNEL_REVISION}")
+        self._numerics_id = "-".join(parts)
 
     @property
     def backend(self) -> str:
@@ -101,7 +103,7 @@ class MlxOps:
 
     @property
     def numerics_id(self) -> str:
-        """MLX's version and device, the host's BLAS and its core, and this file's revision."""
+        """MLX's version and device, NumPy's and its BLAS's with their instruction sets, and this file's revision."""
         return self._numerics_id
 
     @property
