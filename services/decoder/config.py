@@ -240,6 +240,13 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_MAX_NUM_BATCHED_TOKENS,
         help="tokens in a step; longer prompts are computed in chunks (%(default)s)",
     )
+    _add_leases(parser)
+    _add_process(parser)
+    return parser
+
+
+def _add_leases(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--kv-dtype", choices=KV_DTYPES, help="precision of K/V (the checkpoint's)")
     add(
         "--paged",
@@ -254,6 +261,10 @@ def _parser() -> argparse.ArgumentParser:
         help="lease blocks as a request grows, or all of --kv-capacity at once (%(default)s)",
     )
     add("--worker-id", metavar="NAME", help="this decoder's name at the manager (host name and listen address)")
+
+
+def _add_process(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--threads", metavar="N", type=_positive_int, help="threads that compute, where the backend lets one choose")
     add(
         "--grace",
@@ -263,4 +274,3 @@ def _parser() -> argparse.ArgumentParser:
         help="how long running requests may go on after SIGTERM before they are cancelled (%(default)s)",
     )
     add("--log-level", choices=tuple(LOG_LEVELS), default="info", help="least severe log line to write (%(default)s)")
-    return parser
