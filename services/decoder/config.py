@@ -231,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         "--kv-capacity",
         metavar="TOKENS",
         type=_positive_int,
-        help=f"prompt plus output of one request, at most the model's maximum (that, or {DEFAULT_KV_CAPACITY} if smaller)",
+        help=f"prompt plus output of one request, at most the model's maximum (the smaller of that and {DEFAULT_KV_CAPACITY})",
     )
     add(
         "--max-num-batched-tokens",
