@@ -293,4 +293,4 @@ def _whole_names(shares: list[tuple[str, float]]) -> list[tuple[str, float]]:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The flags as they go into reports."""
-    return {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in vars(args).items()}
+    return {key: str(value) for key, value in vars(args).items()}

@@ -16,6 +16,8 @@ from clients.loadtest.plots import (
     percentile_chart,
     scatter_chart,
     stacked_chart,
+    steps,
+    time_axis,
 )
 from clients.loadtest.records import CANCELLED, DEADLINE, OK, RunRecord
 from clients.loadtest.tables import level_text, seconds
@@ -30,7 +32,7 @@ _STYLE = """
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}h1{font-size:22px;margin:0 0 2px}
 h2{font-size:15px;margin:0 0 6px}p.sub{color:var(--soft);margin:0 0 20px}.verdict{font-weight:600}
 .bad{color:var(--bad)}.good{color:var(--good)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:0 0 20px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(132px,1fr));gap:10px;margin:0 0 20px}
 .tile,.plot,.wide{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px}
 .tile b{display:block;font-size:22px;font-variant-numeric:tabular-nums}.tile span{color:var(--soft);font-size:13px}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:14px}.wide{margin:0 0 14px;overflow-x:auto}
@@ -47,7 +49,7 @@ pre{font-size:12px;overflow-x:auto;margin:0}
     f".s{n}{{stroke:var(--c{n})}}.f{n}{{fill:var(--c{n})}}.legend .b{n}{{background:var(--c{n})}}" for n in range(1, 7)
 )
 
-_MAX_BINS = 240
+_MAX_BINS = 120
 
 
 def render(run: RunRecord, summary: dict[str, Any]) -> str:
@@ -117,7 +119,7 @@ def _plots(run: RunRecord) -> list[tuple[str, str]]:
         ("TTFT of each request, by when it was due", _ttft_scatter(run)),
         ("Output tokens/s", _throughput(run)),
         ("Requests in flight", _in_flight(run)),
-        ("Pool blocks by state", _pool(run)),
+        (f"Pool blocks in use by state, of {run.pool[-1].num_blocks if run.pool else 0}", _pool(run)),
         ("Step time by part (share of each second)", _steps(run)),
         ("Client's own lag", _lag(run)),
     ]
@@ -144,7 +146,7 @@ def _ttft_scatter(run: RunRecord) -> str:
     if not heights:
         return ""
     series = [Series("as it should", 1, good), Series("failed or wrong", 5, bad)]
-    return scatter_chart(series, _time_axis(run), log_axis(min(heights), max(heights)), run.marks)
+    return scatter_chart(series, time_axis(max(run.ended_s, 0.1)), log_axis(min(heights), max(heights)), run.marks)
 
 
 def _throughput(run: RunRecord) -> str:
@@ -157,7 +159,9 @@ def _throughput(run: RunRecord) -> str:
     width = run.ended_s / bins
     points = [(at, total / width) for at, total in binned(pairs, run.ended_s, bins, sum)]
     high = max((value for _, value in points), default=1.0)
-    return line_chart([Series("tokens/s", 1, points)], _time_axis(run), linear_axis(max(high, 1.0)), run.marks)
+    return line_chart(
+        [Series("tokens/s", 1, points)], time_axis(max(run.ended_s, 0.1)), linear_axis(max(high, 1.0)), run.marks
+    )
 
 
 def _in_flight(run: RunRecord) -> str:
@@ -167,19 +171,24 @@ def _in_flight(run: RunRecord) -> str:
         level += change
         points.append((at, float(level)))
     high = max(value for _, value in points)
-    return line_chart([Series("in flight", 2, points)], _time_axis(run), linear_axis(max(high, 1.0)), run.marks)
+    return line_chart(
+        [Series("in flight", 2, steps(points))],
+        time_axis(max(run.ended_s, 0.1)),
+        linear_axis(max(high, 1.0)),
+        run.marks,
+    )
 
 
 def _pool(run: RunRecord) -> str:
     if not run.pool:
         return ""
-    names = (("leased", 1), ("sealed", 3), ("cached", 4), ("quarantined", 5), ("free", 6))
+    names = (("leased", 1), ("sealed", 3), ("cached", 4), ("quarantined", 5))
     series = [
         Series(name, colour, [(sample.time_s, float(getattr(sample, name))) for sample in run.pool])
         for name, colour in names
     ]
-    high = max(sample.num_blocks for sample in run.pool)
-    return stacked_chart(series, _time_axis(run), linear_axis(max(high, 1)), run.marks)
+    high = max(sample.num_blocks - sample.free for sample in run.pool)
+    return stacked_chart(series, time_axis(max(run.ended_s, 0.1)), linear_axis(max(high, 1)), run.marks)
 
 
 def _steps(run: RunRecord) -> str:
@@ -191,7 +200,7 @@ def _steps(run: RunRecord) -> str:
         for number, part in enumerate(parts)
     ]
     high = max(sum(sample.parts.values()) for sample in run.steps)
-    return stacked_chart(series, _time_axis(run), linear_axis(max(high, 0.01)), run.marks)
+    return stacked_chart(series, time_axis(max(run.ended_s, 0.1)), linear_axis(max(high, 0.01)), run.marks)
 
 
 def _lag(run: RunRecord) -> str:
@@ -201,7 +210,7 @@ def _lag(run: RunRecord) -> str:
     high = max((value for _, value in points if not math.isnan(value)), default=0.0)
     return line_chart(
         [Series("p99 of each stretch", 6, [(at, value * 1000) for at, value in points])],
-        _time_axis(run),
+        time_axis(max(run.ended_s, 0.1)),
         linear_axis(max(high * 1000, 1.0), " ms"),
         run.marks,
     )
@@ -211,13 +220,12 @@ def _details(run: RunRecord, summary: dict[str, Any]) -> str:
     lines = [f"{count:8d}  {status}" for status, count in summary["statuses"].items()]
     messages = list(dict.fromkeys(record.message for record in run.requests if record.message))
     lines += [f"          {message[:300]}" for message in messages[:20]]
-    lines += [""] + [f"{key}: {value}" for key, value in run.settings.items() if value not in (None, [], False, "")]
+    lines += [
+        "",
+        *(f"{key}: {value}" for key, value in run.settings.items() if value not in ("", "None", "[]", "False")),
+    ]
     return f"<pre>{escape(chr(10).join(lines))}</pre>"
 
 
-def _time_axis(run: RunRecord) -> Any:
-    return linear_axis(max(run.ended_s, 0.1), " s")
-
-
 def _num_bins(run: RunRecord) -> int:
-    return max(1, min(_MAX_BINS, round(run.ended_s * 4)))
+    return max(1, min(_MAX_BINS, round(run.ended_s * 2)))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from html import escape
 
 from clients.loadtest.records import Mark
+from clients.percentiles import percentile
 
-WIDTH, HEIGHT = 760, 260
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 30
+WIDTH, HEIGHT = 560, 230
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 20, 12, 26
 MAX_POINTS = 3000  # a browser draws more only slowly, and nobody sees them
 
 Point = tuple[float, float]
@@ -50,6 +51,12 @@ def linear_axis(high: float, unit: str = "", low: float = 0.0) -> Axis:
     count = max(1, math.ceil(span / step - 1e-9))
     ticks = [(low + step * number, _label(low + step * number, step, unit)) for number in range(count + 1)]
     return Axis(low, low + step * count, ticks)
+
+
+def time_axis(end_s: float) -> Axis:
+    """An axis of seconds that ends where the run ended."""
+    round_axis = linear_axis(end_s, " s")
+    return Axis(0.0, end_s, [tick for tick in round_axis.ticks if tick[0] <= end_s])
 
 
 def log_axis(low: float, high: float) -> Axis:
@@ -95,29 +102,38 @@ def stacked_chart(series: Sequence[Series], x: Axis, y: Axis, marks: Sequence[Ma
 
 def percentile_chart(series: Sequence[tuple[str, int, Sequence[float]]]) -> str:
     """Each distribution from its median outwards: the share on an axis of nines, seconds on a logarithmic one."""
-    shares = [0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.995, 0.999, 0.9995, 0.9999]
     drawn = []
     for name, colour, values in series:
         ordered = sorted(values)
-        if ordered:
-            points = [
-                (_nines(share), max(ordered[min(int(share * len(ordered)), len(ordered) - 1)], 1e-6))
-                for share in shares
-                if share == 0 or (1 - share) * len(ordered) >= 1
-            ]
+        # A percentile needs as many values as its share leaves out one of.
+        shares = [share for share in _PERCENTILES if (1 - share) * len(ordered) >= 1 - 1e-9]
+        points = [(_nines(share), max(percentile(ordered, share), 1e-6)) for share in shares]
+        if points:
             drawn.append(Series(name, colour, points))
     if not drawn:
         return ""
-    ticks = [(_nines(share), label) for share, label in _NINES_TICKS]
     heights = [value for one in drawn for _, value in one.points]
-    return line_chart(drawn, Axis(0, _nines(0.9999), ticks), log_axis(min(heights), max(heights)))
+    end = max(max(at for one in drawn for at, _ in one.points), _nines(0.9))
+    ticks = [(_nines(share), f"p{share * 100:g}") for share in (0.5, 0.75, 0.9, 0.99, 0.999, 0.9999)]
+    x = Axis(_nines(0.5), end, [tick for tick in ticks if tick[0] <= end + 1e-9])
+    return line_chart(drawn, x, log_axis(min(heights), max(heights)))
 
 
-_NINES_TICKS = ((0.0, "min"), (0.5, "p50"), (0.9, "p90"), (0.99, "p99"), (0.999, "p99.9"), (0.9999, "p99.99"))
+_PERCENTILES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
 
 
 def _nines(share: float) -> float:
     return -math.log10(1 - share)
+
+
+def steps(points: Sequence[Point]) -> list[Point]:
+    """The corners of a line that keeps each value until the next one."""
+    corners: list[Point] = []
+    for at, value in points:
+        if corners:
+            corners.append((at, corners[-1][1]))
+        corners.append((at, value))
+    return corners
 
 
 def thin(points: Sequence[Point]) -> Sequence[Point]:
