@@ -195,11 +195,17 @@ class BlockPool:
         deeper blocks of a chain are evicted before their parents.
         """
         contents = self._contents
-        freed = [block for block in reversed(blocks) if block not in contents]
-        shared = [block for block in reversed(blocks) if block in contents] if len(freed) < len(blocks) else []
+        shared: list[int] = []
+        num_let_go = 0
+        if not contents or contents.keys().isdisjoint(blocks):
+            freed = list(reversed(blocks))
+        else:
+            freed = [block for block in reversed(blocks) if block not in contents]
+            shared = [block for block in reversed(blocks) if block in contents]
         try:
             self._meta.write_free(freed)
-            num_let_go = self._drop_shared(slot, shared)
+            if shared:
+                num_let_go = self._drop_shared(slot, shared)
         except BaseException:
             self._rewrite(blocks)
             raise

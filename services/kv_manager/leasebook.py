@@ -70,7 +70,7 @@ class LeaseBook:
         self._counters = counters
         self._last_ticket = registrar.manager_epoch << _TICKET_BITS
         # Whether blocks are set aside for a request of a better rank; waiting.py puts its own in here.
-        self.is_behind_waiters: Callable[[tuple[int, int]], bool] = lambda _: False
+        self.is_behind_waiters: Callable[[int, int], bool] = lambda _, __: False
 
     @property
     def pool(self) -> BlockPool:
@@ -82,7 +82,7 @@ class LeaseBook:
         """The stated age ticket if this pool's manager issued it, or else that of a new arrival."""
         if stated is not None and 0 < stated <= self._last_ticket:
             return stated
-        self._last_ticket = max(self._last_ticket, self._registrar.manager_epoch << _TICKET_BITS) + 1
+        self._last_ticket += 1
         return self._last_ticket
 
     def acquire(
@@ -90,7 +90,6 @@ class LeaseBook:
         session: Session,
         cache_id: int,
         num_blocks: int,
-        *,
         priority: int = 0,
         tenant: str = "",
         age_ticket: int | None = None,
@@ -101,22 +100,34 @@ class LeaseBook:
         lease = session.leases.get(cache_id)
         if lease is not None:
             return lease
-        self._require_new(session, cache_id)
-        ticket = self.ticket(age_ticket)
-        hits = self._find_chain(prefix_hashes, num_blocks) if prefix_hashes else []
-        new = Lease(cache_id, hits, priority, tenant, ticket, num_cached_tokens=len(hits) * self._config.block_size)
-        self._fill(session, new, num_blocks, is_first_waiter)
+        if session.is_buried(cache_id):
+            raise _released(cache_id)
+        if age_ticket is None:
+            self._last_ticket = ticket = self._last_ticket + 1
+        else:
+            ticket = self.ticket(age_ticket)
+        hits: list[int] = []
+        if prefix_hashes:
+            hits = self._find_chain(prefix_hashes, num_blocks)
+            self._counters.num_looked_up += len(prefix_hashes)
+            self._counters.num_hits += len(hits)
+        lease = Lease(cache_id, hits, priority, tenant, ticket, len(hits) * self._config.block_size)
+        if hits:
+            self._fill_shared(session, lease, num_blocks, is_first_waiter)
+        else:
+            lease.blocks = self._take(session, lease, num_blocks, 0, is_first_waiter)
+        # Last, so that a lease is never visible half-built.
+        session.leases[cache_id] = lease
         self._counters.num_acquired += 1
-        self._counters.num_looked_up += len(prefix_hashes)
-        self._counters.num_hits += len(hits)
-        return new
+        return lease
 
     def fork(self, session: Session, parent_id: int, cache_id: int, num_blocks: int, max_shared: int) -> Lease:
         """Creates a lease that shares the sealed blocks at the front of its parent; a repeat answers with the same."""
         lease = session.leases.get(cache_id)
         if lease is not None:
             return lease
-        self._require_new(session, cache_id)
+        if session.is_buried(cache_id):
+            raise _released(cache_id)
         parent = self._require_lease(session, parent_id)
         if parent.revoked:
             raise revoked_error(parent)
@@ -126,10 +137,11 @@ class LeaseBook:
                 break
             shared.append(block)
         num_cached = len(shared) * self._config.block_size
-        new = Lease(cache_id, shared, parent.priority, parent.tenant, parent.age_ticket, num_cached_tokens=num_cached)
-        self._fill(session, new, num_blocks, False)
+        lease = Lease(cache_id, shared, parent.priority, parent.tenant, parent.age_ticket, num_cached)
+        self._fill_shared(session, lease, num_blocks, False)
+        session.leases[cache_id] = lease
         self._counters.num_acquired += 1
-        return new
+        return lease
 
     def extend(self, session: Session, cache_id: int, num_blocks: int, *, is_first_waiter: bool = False) -> Lease:
         """Grows a lease to num_blocks at least; raises UnknownLeaseError where there is none, and never creates one."""
@@ -142,21 +154,25 @@ class LeaseBook:
         self._counters.num_extended += 1
         return lease
 
-    def release(self, session: Session, cache_id: int, seq: int) -> int:
-        """Gives a lease back, and answers how many blocks nobody holds any more. An unknown cache id is harmless.
+    def release(self, session: Session, cache_ids: Sequence[int], seq: int) -> int:
+        """Gives leases back, and answers how many blocks nobody holds any more. An unknown cache id is harmless.
 
-        Either way the id is buried: its Acquire may still be under way, and must lease nothing when it arrives.
+        Each id is buried: its Acquire may still be under way, and must lease nothing when it arrives.
         """
-        lease = session.leases.get(cache_id)
-        if lease is None:
-            session.bury(cache_id, seq)
-            return 0
-        num_freed = self.pool.drop(session.slot, [*lease.blocks, *lease.duplicates])
-        del session.leases[cache_id]
-        session.bury(cache_id, seq)
-        if self._config.tenant_quotas:
-            session.tenant_blocks[lease.tenant] -= len(lease.blocks)
-        self._counters.num_released += 1
+        known = [lease for cache_id in dict.fromkeys(cache_ids) if (lease := session.leases.get(cache_id)) is not None]
+        blocks: list[int] = []
+        # The pool takes the last block first: leases are given back in the order of the call.
+        for lease in reversed(known):
+            blocks += lease.blocks
+            if lease.duplicates:
+                blocks += lease.duplicates
+        num_freed = self.pool.drop(session.slot, blocks)
+        for lease in known:
+            del session.leases[lease.cache_id]
+            if self._config.tenant_quotas:
+                session.tenant_blocks[lease.tenant] -= len(lease.blocks)
+        session.bury(cache_ids, seq)
+        self._counters.num_released += len(known)
         return num_freed
 
     def release_duplicates(self, session: Session, cache_id: int, blocks: Sequence[int]) -> int:
@@ -166,7 +182,7 @@ class LeaseBook:
             return 0
         mine = [block for block in dict.fromkeys(blocks) if block in lease.duplicates]
         num_freed = self.pool.drop(session.slot, mine)
-        lease.duplicates.difference_update(mine)
+        lease.duplicates = lease.duplicates.difference(mine)
         return num_freed
 
     def seal(self, session: Session, order: SealOrder) -> int:
@@ -195,7 +211,7 @@ class LeaseBook:
         self._counters.num_seals += 1
         if sealed != present:
             lease.blocks[index] = sealed
-            lease.duplicates.add(present)
+            lease.duplicates |= {present}
             self._counters.num_deduplicated += 1
         return sealed
 
@@ -230,42 +246,34 @@ class LeaseBook:
             hits.append(block)
         return hits
 
-    def _fill(self, session: Session, lease: Lease, num_blocks: int, is_first_waiter: bool) -> None:
-        """Makes a new lease, its table so far only shared blocks, complete and visible; or raises and undoes it."""
+    def _fill_shared(self, session: Session, lease: Lease, num_blocks: int, is_first_waiter: bool) -> None:
+        """Completes a new lease whose table so far is blocks to share; or raises and undoes it."""
         pool, shared = self.pool, lease.blocks
         for block in shared:
             pool.share(session.slot, block)
         try:
-            fresh = self._take(session, lease, num_blocks, 0, is_first_waiter)
+            lease.blocks = shared + self._take(session, lease, num_blocks, 0, is_first_waiter)
         except BaseException:
             pool.drop(session.slot, shared)
             raise
-        lease.blocks = shared + fresh
-        # Last, so that a lease is never visible half-built.
-        session.leases[lease.cache_id] = lease
 
     def _take(self, session: Session, lease: Lease, total: int, held: int, is_first_waiter: bool) -> list[int]:
         """Fresh blocks that make the lease's table total long; held of its blocks count for its tenant already."""
-        self._require_fits(session, lease, total)
+        if total > session.max_blocks:
+            raise self._never_fits(session, lease, total)
         if self._config.tenant_quotas:
             self._require_quota(lease, total, total - held)
+        pool = self.pool
         count = total - len(lease.blocks)
-        available = self.pool.num_available
+        available = pool.num_available
         if count > available or (
-            count and not is_first_waiter and self.is_behind_waiters(rank(lease.priority, lease.age_ticket))
+            not is_first_waiter and count and self.is_behind_waiters(-lease.priority, lease.age_ticket)
         ):
             raise self._exhausted(lease, count, available)
-        blocks = self.pool.take(session.slot, count)
+        blocks = pool.take(session.slot, count)
         if self._config.tenant_quotas:
             session.tenant_blocks[lease.tenant] += total - held
         return blocks
-
-    def _require_new(self, session: Session, cache_id: int) -> None:
-        if session.is_buried(cache_id):
-            raise CacheIdReusedError(
-                f"cache {cache_id} was released in this session: a late Acquire leases nothing, and ids are never reused",
-                {"cache_id": str(cache_id)},
-            )
 
     def _require_lease(self, session: Session, cache_id: int) -> Lease:
         lease = session.leases.get(cache_id)
@@ -276,12 +284,10 @@ class LeaseBook:
             )
         return lease
 
-    def _require_fits(self, session: Session, lease: Lease, total: int) -> None:
+    def _never_fits(self, session: Session, lease: Lease, total: int) -> NeverFitsError:
         pool, capacity = self.pool, session.worker.kv_capacity_tokens
         most = -(-capacity // self._config.block_size)
-        if total <= pool.num_blocks and total <= most:
-            return
-        raise NeverFitsError(
+        return NeverFitsError(
             f"cache {lease.cache_id} wants {total} blocks; the pool has {pool.num_blocks} ({self._size_flag()}), and the"
             f" worker's --kv-capacity of {capacity} tokens allows {most} a sequence",
             {
@@ -341,6 +347,13 @@ class LeaseBook:
         if self._config.pool_bytes is not None:
             return f"--pool-bytes (now {self._config.pool_bytes})"
         return f"--num-blocks (now {self.pool.num_blocks})"
+
+
+def _released(cache_id: int) -> CacheIdReusedError:
+    return CacheIdReusedError(
+        f"cache {cache_id} was released in this session: a late Acquire leases nothing, and ids are never reused",
+        {"cache_id": str(cache_id)},
+    )
 
 
 def revoked_error(lease: Lease) -> LeaseRevokedError:

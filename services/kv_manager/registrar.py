@@ -157,7 +157,8 @@ class Registrar:
         if not self._kernel_boot_id or worker.kernel_boot_id != self._kernel_boot_id:
             worker = replace(worker, kernel_boot_id="")  # another kernel's reboots prove nothing here
         worker = replace(worker, epoch=pool.files.meta.advance_epoch(self._kernel_boot_id))
-        session = Session(worker, slot, probe, LIVE, self.clock())
+        capacity_blocks = -(-worker.kv_capacity_tokens // self.config.block_size)
+        session = Session(worker, slot, probe, LIVE, self.clock(), min(capacity_blocks, pool.num_blocks))
         lost = self._reclaim(session, old if is_same_life else None, claims)
         _log.info("registered", worker=worker.worker_id, epoch=worker.epoch, leases=len(session.leases), lost=lost)
         return Registered(session, claims_accepted, lost)

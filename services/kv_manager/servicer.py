@@ -112,65 +112,42 @@ class KVManagerServicer(pb_grpc.KVManagerServicer):
     @_unary
     async def Acquire(self, request: pb.AcquireRequest, context: _Context) -> pb.AcquireResponse:
         translate.check_call(request.seq, request.acked_seq)
-        translate.check_acquire_items(request.items)
+        items = translate.acquire_items(request.items)
         await self._verifier.verify_for_hits(item.prefix_hashes for item in request.items)
         session = self._enter(request)
         self._lessor.require_live(session)
-        attempts = [(item.cache_id, partial(self._acquire, session, item)) for item in request.items]
-        results = await self._lease_all(session, attempts, request.wait_ms)
+        results = await self._lease_all(session, self._lessor.book.acquire, items, request.wait_ms)
         return pb.AcquireResponse(epoch=request.epoch, results=results)
-
-    def _acquire(
-        self, session: Session, item: pb.AcquireItem, age_ticket: int | None = None, is_first_waiter: bool = False
-    ) -> Lease:
-        if age_ticket is None and item.HasField("age_ticket"):
-            age_ticket = item.age_ticket
-        return self._lessor.book.acquire(
-            session,
-            item.cache_id,
-            item.num_blocks,
-            priority=item.priority,
-            tenant=item.tenant,
-            age_ticket=age_ticket,
-            prefix_hashes=item.prefix_hashes,
-            is_first_waiter=is_first_waiter,
-        )
 
     @_unary
     async def Extend(self, request: pb.ExtendRequest, context: _Context) -> pb.ExtendResponse:
         translate.check_call(request.seq, request.acked_seq)
-        translate.check_extend_items(request.items)
+        items = translate.extend_items(request.items)
         session = self._enter(request)
         self._lessor.require_live(session)
-        attempts = [(item.cache_id, partial(self._extend, session, item)) for item in request.items]
-        results = await self._lease_all(session, attempts, request.wait_ms)
+        results = await self._lease_all(session, self._lessor.book.extend, items, request.wait_ms)
         return pb.ExtendResponse(epoch=request.epoch, results=results)
 
-    def _extend(
-        self, session: Session, item: pb.ExtendItem, age_ticket: int | None = None, is_first_waiter: bool = False
-    ) -> Lease:
-        return self._lessor.book.extend(session, item.cache_id, item.num_blocks, is_first_waiter=is_first_waiter)
-
     async def _lease_all(
-        self,
-        session: Session,
-        attempts: Sequence[tuple[int, Callable[..., Lease]]],
-        wait_ms: int,
+        self, session: Session, lease: Callable[..., Lease], items: Sequence[tuple[Any, ...]], wait_ms: int
     ) -> list[pb.LeaseResult]:
-        """One result for each item, in order; those that find too few blocks wait as long as they may."""
+        """One result for each item, in order; those that find too few blocks wait as long as they may.
+
+        Each item is the arguments of lease, the cache id first.
+        """
         results: list[pb.LeaseResult] = []
         waits: list[tuple[int, Waiter, _Future]] = []
-        for cache_id, attempt in attempts:
+        for item in items:
             try:
-                results.append(translate.table_result(attempt()))
+                results.append(translate.table_result(lease(session, *item)))
             except PoolExhaustedError as error:
                 if wait_ms:
-                    waits.append((len(results), *self._wait(session, attempt, error, wait_ms)))
+                    waits.append((len(results), *self._wait(session, partial(lease, session, *item), error, wait_ms)))
                     results.append(pb.LeaseResult())
                 else:
-                    results.append(self._error_result(cache_id, error))
+                    results.append(self._error_result(item[0], error))
             except ManagerError as error:
-                results.append(self._error_result(cache_id, error))
+                results.append(self._error_result(item[0], error))
         if waits:
             self._wake_ticker()
             await self._settle_all(waits, results)
@@ -192,7 +169,7 @@ class KVManagerServicer(pb_grpc.KVManagerServicer):
         waiter = self._lessor.waiting.wait(
             session,
             error,
-            partial(attempt, age_ticket=error.age_ticket, is_first_waiter=True),
+            partial(attempt, is_first_waiter=True),
             settle,
             min(wait_ms / 1000, _MAX_WAIT_S),
         )
@@ -254,13 +231,12 @@ class KVManagerServicer(pb_grpc.KVManagerServicer):
         translate.check_call(request.seq, request.acked_seq)
         session, book = self._enter(request), self._lessor.book
         num_freed = 0
-        partial_items = [item for item in request.items if item.block_ids]
-        if partial_items and session.is_first_copy(request.seq):
-            for item in partial_items:
-                num_freed += book.release_duplicates(session, item.cache_id, item.block_ids)
-        for item in request.items:
-            if not item.block_ids:
-                num_freed += book.release(session, item.cache_id, request.seq)
+        whole = [item.cache_id for item in request.items if not item.block_ids]
+        if len(whole) < len(request.items) and session.is_first_copy(request.seq):
+            for item in request.items:
+                if item.block_ids:
+                    num_freed += book.release_duplicates(session, item.cache_id, item.block_ids)
+        num_freed += book.release(session, whole, request.seq)
         self._lessor.waiting.pump()
         return pb.ReleaseResponse(epoch=request.epoch, num_freed_blocks=num_freed)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from services.kv_manager.errors import StaleCallError, UnackedCallsError
@@ -35,7 +35,7 @@ class Lease:
     # It has to give way to an older request; repeated to the worker until Release answers.
     revoked: bool = False
     # Blocks that a Seal replaced in the table: the worker may read them until it gives them back.
-    duplicates: set[int] = field(default_factory=set)
+    duplicates: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +47,8 @@ class Session:
     probe: LockProbe | None
     state: str
     last_seen: float
+    # The longest table that the worker may have: its capacity, or the whole pool.
+    max_blocks: int = 0
     leases: dict[int, Lease] = field(default_factory=dict)
     pinned: list[int] = field(default_factory=list)
     busy_ms: int | None = None
@@ -55,8 +57,9 @@ class Session:
     acked_seq: int = 0
     # Blocks in the tables of each tenant's leases; kept only where quotas are set.
     tenant_blocks: Counter[str] = field(default_factory=Counter)
-    _tombstones: dict[int, int] = field(default_factory=dict)
-    _tombstone_heap: list[tuple[int, int]] = field(default_factory=list)
+    _tombstones: set[int] = field(default_factory=set)
+    # The same by the call that released them, the lowest sequence number first.
+    _burials: list[tuple[int, list[int]]] = field(default_factory=list)
     # Calls that gave back single blocks: a late copy must not give them back a second time.
     _done: set[int] = field(default_factory=set)
 
@@ -91,11 +94,9 @@ class Session:
             )
         if acked_seq > self.acked_seq:
             self.acked_seq = acked_seq
-            heap = self._tombstone_heap
-            while heap and heap[0][0] <= acked_seq:
-                seq_of_release, cache_id = heapq.heappop(heap)
-                if self._tombstones.get(cache_id) == seq_of_release:
-                    del self._tombstones[cache_id]
+            burials = self._burials
+            while burials and burials[0][0] <= acked_seq:
+                self._tombstones.difference_update(heapq.heappop(burials)[1])
             if self._done:
                 self._done = {done for done in self._done if done > acked_seq}
 
@@ -106,11 +107,12 @@ class Session:
         self._done.add(seq)
         return True
 
-    def bury(self, cache_id: int, seq: int) -> None:
-        """Leaves a tombstone: an Acquire of this cache id that arrives late leases nothing."""
-        if cache_id not in self._tombstones:
-            self._tombstones[cache_id] = seq
-            heapq.heappush(self._tombstone_heap, (seq, cache_id))
+    def bury(self, cache_ids: Iterable[int], seq: int) -> None:
+        """Leaves a tombstone for each: an Acquire of this cache id that arrives late leases nothing."""
+        new = [cache_id for cache_id in cache_ids if cache_id not in self._tombstones]
+        if new:
+            self._tombstones.update(new)
+            heapq.heappush(self._burials, (seq, new))
 
     def is_buried(self, cache_id: int) -> bool:
         """Whether the cache id was released in this session."""

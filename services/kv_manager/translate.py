@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from protos import kv_manager_pb2 as pb
 from protos.pool_format import DATA_OFFSET_BYTES
@@ -129,16 +129,34 @@ def check_call(seq: int, acked_seq: int) -> None:
     require(acked_seq < seq, "acked_seq", f"is {acked_seq} and must be below seq {seq}, which has not ended")
 
 
-def check_acquire_items(items: Iterable[pb.AcquireItem]) -> None:
-    """Raises InvalidRequestError for the first item whose form is wrong."""
+# cache id, blocks, priority, tenant, age ticket, prefix hashes: as LeaseBook.acquire takes them
+AcquireArguments = tuple[int, int, int, str, int | None, Sequence[bytes]]
+
+
+def acquire_items(items: Iterable[pb.AcquireItem]) -> list[AcquireArguments]:
+    """Every item's fields, each read once; raises InvalidRequestError for the first item whose form is wrong."""
+    arguments: list[AcquireArguments] = []
+    for index, item in enumerate(items):
+        num_blocks, tenant, hashes = item.num_blocks, item.tenant, item.prefix_hashes
+        if not num_blocks:
+            raise InvalidRequestError(f"items[{index}].num_blocks", "must be at least 1")
+        if len(tenant) > _MAX_TENANT_CHARACTERS:
+            raise InvalidRequestError(f"items[{index}].tenant", f"is longer than {_MAX_TENANT_CHARACTERS} characters")
+        if hashes and any(len(content_hash) != _HASH_BYTES for content_hash in hashes):
+            raise InvalidRequestError(f"items[{index}].prefix_hashes", f"must be of {_HASH_BYTES} bytes each")
+        ticket = item.age_ticket if item.HasField("age_ticket") else None
+        arguments.append((item.cache_id, num_blocks, item.priority, tenant, ticket, hashes))
+    return arguments
+
+
+def extend_items(items: Iterable[pb.ExtendItem]) -> list[tuple[int, int]]:
+    """Every item's fields; raises InvalidRequestError for the first item whose form is wrong."""
+    arguments = []
     for index, item in enumerate(items):
         if not item.num_blocks:
-            raise InvalidRequestError(f"items[{index}].num_blocks", "must be at least 1")
-        if len(item.tenant) > _MAX_TENANT_CHARACTERS:
-            raise InvalidRequestError(f"items[{index}].tenant", f"is longer than {_MAX_TENANT_CHARACTERS} characters")
-        for content_hash in item.prefix_hashes:
-            if len(content_hash) != _HASH_BYTES:
-                raise InvalidRequestError(f"items[{index}].prefix_hashes", f"must be of {_HASH_BYTES} bytes each")
+            raise InvalidRequestError(f"items[{index}].num_blocks", "must be at least 1, the absolute length wanted")
+        arguments.append((item.cache_id, item.num_blocks))
+    return arguments
 
 
 def check_seal_items(items: Iterable[pb.SealItem], block_size: int) -> None:
@@ -188,9 +206,9 @@ def event(event: Event) -> pb.Event:
 
 def table_result(lease: Lease) -> pb.LeaseResult:
     """A lease's table as an answer."""
-    table = pb.BlockTable(
-        block_ids=lease.blocks, num_cached_tokens=lease.num_cached_tokens, age_ticket=lease.age_ticket
-    )
+    table = pb.BlockTable(block_ids=lease.blocks, age_ticket=lease.age_ticket)
+    if lease.num_cached_tokens:
+        table.num_cached_tokens = lease.num_cached_tokens
     return pb.LeaseResult(cache_id=lease.cache_id, table=table)
 
 
@@ -249,10 +267,3 @@ def stats(lessor: Lessor) -> pb.StatsResponse:
         num_corrupt=counters.num_corrupt,
         num_unverified=pool.num_unverified if pool is not None else 0,
     )
-
-
-def check_extend_items(items: Iterable[pb.ExtendItem]) -> None:
-    """Raises InvalidRequestError for the first item whose form is wrong."""
-    for index, item in enumerate(items):
-        if not item.num_blocks:
-            raise InvalidRequestError(f"items[{index}].num_blocks", "must be at least 1, the absolute length wanted")

@@ -75,7 +75,7 @@ class WaitQueue:
     def __len__(self) -> int:
         return len(self._queue)
 
-    def _is_behind(self, request_rank: tuple[int, int]) -> bool:
+    def _is_behind(self, *request_rank: int) -> bool:
         return bool(self._queue) and self._queue[0].rank < request_rank
 
     def wait(

@@ -171,12 +171,12 @@ class Manager:
         """The session of a new worker."""
         return self.register(self.worker(worker_id, **sizes)).session
 
-    def acquire(self, session: Session, cache_id: int, num_blocks: int, **options: int) -> Lease:
+    def acquire(self, session: Session, cache_id: int, num_blocks: int, **options: object) -> Lease:
         return self.lessor.book.acquire(session, cache_id, num_blocks, **options)  # type: ignore[arg-type]
 
     def release(self, session: Session, cache_id: int) -> int:
         self._seq += 1
-        return self.lessor.book.release(session, cache_id, self._seq)
+        return self.lessor.book.release(session, [cache_id], self._seq)
 
     def revoked(self, session: Session, busy_ms: int | None = None) -> list[int]:
         """What a keepalive of the session is answered."""

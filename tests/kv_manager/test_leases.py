@@ -188,7 +188,7 @@ def test_s26_a_million_failed_acquires_leave_nothing_behind(make_manager: MakeMa
                 continue
             raise AssertionError("the pool should be exhausted")
 
-    started = time.monotonic()
+    started = time.process_time()
     fail(1, 980_000)
     tracemalloc.start()
     fail(2_000_000, 1_000)
@@ -200,7 +200,7 @@ def test_s26_a_million_failed_acquires_leave_nothing_behind(make_manager: MakeMa
     tracemalloc.stop()
     assert after - before < 10_000
     assert (len(session.leases), session.num_tombstones) == (1, 0)
-    assert time.monotonic() - started < 60
+    assert time.process_time() - started < 30  # 10 on an idle core
     manager.check()
 
 
@@ -286,7 +286,7 @@ def test_a_tombstone_lasts_until_every_copy_of_its_acquire_is_refused(make_manag
     session.admit(seq=1, acked_seq=0)
     manager.acquire(session, 1, 2)
     session.admit(seq=2, acked_seq=1)
-    manager.lessor.book.release(session, 1, 2)
+    manager.lessor.book.release(session, [1], 2)
     assert session.num_tombstones == 1
     session.admit(seq=3, acked_seq=2)
     assert session.num_tombstones == 0
@@ -302,7 +302,7 @@ def test_a_worker_that_never_acknowledges_is_stopped_before_its_tombstones_grow_
     session = manager.join()
     for seq in range(1, MAX_TOMBSTONES + 1):
         session.admit(seq, 0)
-        manager.lessor.book.release(session, seq, seq)
+        manager.lessor.book.release(session, [seq], seq)
     with pytest.raises(UnackedCallsError):
         session.admit(MAX_TOMBSTONES + 1, 0)
     session.admit(MAX_TOMBSTONES + 1, MAX_TOMBSTONES)
