@@ -15,6 +15,9 @@ import numpy.typing as npt
 from services.decoder.ops.base import ExpertTensors, IntArray, LinearTensors, Tensor
 from services.decoder.ops.blas import FloatArray, chunk_rows, rows_by_matrix
 
+# How much is widened at once: enough that MLX's cost for each call does not show. Has no influence on the bits.
+_SLAB_BYTES = 1 << 20
+
 
 class Budget:
     """Bytes of float32 weights that may stay in memory."""
@@ -34,10 +37,10 @@ class Budget:
 
 
 def widen(stored: npt.NDArray[Any], dtype: str) -> FloatArray:
-    """float32 of stored numbers; exact."""
+    """float32 of stored numbers, exact; without a copy where they are float32."""
     if dtype == "BF16":
         return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32)
+    return stored.astype(np.float32, copy=False)
 
 
 def widen_tensor(tensor: Tensor) -> FloatArray:
@@ -62,13 +65,20 @@ class Linear:
             self.out_features * self.in_features,
             lambda: np.ascontiguousarray(self.weight_rows(slice(None))),
         )
+        self._slab_rows = self.out_features
+        if self._resident is None:
+            chunks = max(1, _SLAB_BYTES // (4 * self.in_features * self._chunk_rows))
+            self._slab_rows = chunks * self._chunk_rows
 
     def __call__(self, rows: FloatArray) -> FloatArray:
         """[T, in_features] to [T, out_features]; a row's bits depend on that row alone."""
         out = np.empty((len(rows), self.out_features), np.float32)
-        for start in range(0, self.out_features, self._chunk_rows):
-            stop = min(start + self._chunk_rows, self.out_features)
-            rows_by_matrix(rows, self.weight_rows(slice(start, stop)), out[:, start:stop])
+        for slab_start in range(0, self.out_features, self._slab_rows):
+            slab = self.weight_rows(slice(slab_start, slab_start + self._slab_rows))
+            for start in range(0, len(slab), self._chunk_rows):
+                chunk = slab[start : start + self._chunk_rows]
+                first = slab_start + start
+                rows_by_matrix(rows, chunk, out[:, first : first + len(chunk)])
         if self._bias is not None:
             out += self._bias
         return out
