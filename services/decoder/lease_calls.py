@@ -129,7 +129,7 @@ class LeaseCalls:
             if result is not None and result.error.code != grpc.StatusCode.NOT_FOUND.value[0]:
                 _log.warning("seal_refused", cache_id=ask.cache_id, reason=result.error.message)
         self._outbox.end_seals(asks)
-        self.wake()  # for the releases that waited
+        self.wake()  # for what waited for them
         return True
 
     async def _send_releases(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
@@ -33,7 +33,7 @@ class Outbox:
 
     The engine's thread only appends to `_arrived`; everything else belongs to the event loop. A Release withdraws the asks for its lease,
     and is sent even when the Acquire was not answered, because it may have been served. It waits for the seals that were asked before it:
-    what is sealed stays cached, and a prefix hit later.
+    what is sealed stays cached, and a prefix hit later. An Acquire waits for those seals whose blocks it could hit.
     """
 
     def __init__(self) -> None:
@@ -42,6 +42,8 @@ class Outbox:
         self.extends: dict[int, ExtendAsk] = {}
         self._seals: dict[SealKey, SealAsk] = {}
         self._num_seals: Counter[int] = Counter()  # open ones of each lease
+        self._sealing: dict[bytes, SealKey] = {}  # open ones by content hash
+        self._acquires_after_seals: dict[int, set[SealKey]] = {}
         self._releases: dict[ReleaseAsk, None] = {}  # a set in the order of arrival
         self._releases_after_seals: dict[int, None] = {}
         self.all_released = asyncio.Event()
@@ -58,13 +60,18 @@ class Outbox:
             match ask:
                 case AcquireAsk():
                     self.acquires[ask.cache_id] = ask
+                    hits = {self._sealing[known] for known in ask.prefix_hashes if known in self._sealing}
+                    if hits:
+                        self._acquires_after_seals[ask.cache_id] = hits
                 case ExtendAsk():
                     self.extends[ask.cache_id] = ask
                 case SealAsk():
                     self._seals[ask.cache_id, ask.block_index] = ask
                     self._num_seals[ask.cache_id] += 1
+                    self._sealing[ask.content_hash] = (ask.cache_id, ask.block_index)
                 case ReleaseAsk(cache_id, None):
                     self.acquires.pop(cache_id, None)
+                    self._acquires_after_seals.pop(cache_id, None)
                     self.extends.pop(cache_id, None)
                     if self._num_seals[cache_id]:
                         self._releases_after_seals[cache_id] = None
@@ -74,11 +81,11 @@ class Outbox:
                     self._releases[ask] = None
         self._note()
 
-    def next_acquires(self, without: Container[int]) -> list[AcquireAsk]:
+    def next_acquires(self, without: Collection[int]) -> list[AcquireAsk]:
         """The oldest open ones, as many as fit into a call, without some cache ids."""
-        return _first(self.acquires, without)
+        return _first(self.acquires, {*without, *self._acquires_after_seals})
 
-    def next_extends(self, without: Container[int]) -> list[ExtendAsk]:
+    def next_extends(self, without: Collection[int]) -> list[ExtendAsk]:
         """The oldest open ones, as many as fit into a call, without some cache ids."""
         return _first(self.extends, without)
 
@@ -93,8 +100,15 @@ class Outbox:
     def end_seals(self, asks: Sequence[SealAsk]) -> None:
         """These are answered, or will never be."""
         for ask in asks:
-            if self._seals.pop((ask.cache_id, ask.block_index), None) is None:
+            key = (ask.cache_id, ask.block_index)
+            if self._seals.pop(key, None) is None:
                 continue
+            if self._sealing.get(ask.content_hash) == key:
+                del self._sealing[ask.content_hash]
+            for cache_id in [cache_id for cache_id, keys in self._acquires_after_seals.items() if key in keys]:
+                self._acquires_after_seals[cache_id].discard(key)
+                if not self._acquires_after_seals[cache_id]:
+                    del self._acquires_after_seals[cache_id]
             self._num_seals[ask.cache_id] -= 1
             if not self._num_seals[ask.cache_id]:
                 del self._num_seals[ask.cache_id]
@@ -105,7 +119,6 @@ class Outbox:
 
     def drop_seals(self) -> None:
         """The pool whose blocks were to be sealed is gone."""
-        self.sort()
         self.end_seals(list(self._seals.values()))
 
     def end_releases(self, asks: Sequence[ReleaseAsk]) -> None:
@@ -121,7 +134,7 @@ class Outbox:
             self.all_released.set()
 
 
-def _first(asks: Mapping[int, _Ask], without: Container[int]) -> list[_Ask]:
+def _first(asks: Mapping[int, _Ask], without: Collection[int]) -> list[_Ask]:
     return list(islice((ask for cache_id, ask in asks.items() if cache_id not in without), MAX_ITEMS))
 
 

@@ -239,6 +239,7 @@ class ManagerLeases:
         except (OSError, ValueError) as error:
             raise ConfigError(f"--kv-manager: cannot map the pool {reply.pool.kv_path}: {error}") from error
         self._pool = pool
+        self._outbox.sort()
         self._outbox.drop_seals()
         bound.post(PoolReady(pool, reply.pool.block_size, can_seal=True))
         return pool
