@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 
-from clients.cli import arguments, chat, generate, status, up
+from clients.cli import arguments, chat, generate, status, top, up
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -41,6 +41,7 @@ def _dispatch(args: argparse.Namespace) -> int:
         "loadtest": lambda: _loadtest(args),
         "generate": lambda: generate.run(args, arguments.DEFAULT_DECODER),
         "status": lambda: status.run(args),
+        "top": lambda: top.run(args),
         "up": lambda: up.run(args),
     }
     # A supervisor that ends `up` with SIGTERM gets what it asked for.

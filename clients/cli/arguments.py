@@ -71,6 +71,16 @@ examples:
 {_EXIT_CODES}
 """
 
+_TOP_EXAMPLES = f"""\
+examples:
+  leasehold top
+  leasehold top --kv-manager 127.0.0.1:50050 --metrics 127.0.0.1:9101 --interval 0.5
+  leasehold top --once                             one picture, for a pipe or a file
+
+Ctrl-C leaves.
+{_EXIT_CODES}
+"""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command; `args.command` names the subcommand."""
@@ -86,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(_command(commands, "generate", "generate text for one prompt", _GENERATE_EXAMPLES))
     _add_chat(_command(commands, "chat", "talk with the model, turn by turn", _CHAT_EXAMPLES))
     _add_status(_command(commands, "status", "show the pool, its leases and its sessions", _STATUS_EXAMPLES))
+    _add_top(_command(commands, "top", "watch the pool and its holders live", _TOP_EXAMPLES))
     add_loadtest(_command(commands, "loadtest", "put a system under load and measure it", EXAMPLES), add_stack_flags)
     return parser
 
@@ -209,7 +220,28 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="a system message before the first turn")
 
 
+def _add_top(parser: argparse.ArgumentParser) -> None:
+    _add_manager_flag(parser)
+    parser.add_argument(
+        "--metrics",
+        type=values.target,
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="a decoder's Prometheus endpoint, for tokens/s, queue and step time; repeatable",
+    )
+    parser.add_argument(
+        "--interval", type=values.number(0.1, 3600), default=1.0, metavar="S", help="seconds between pictures (1)"
+    )
+    parser.add_argument("--once", action="store_true", help="print one picture and leave")
+
+
 def _add_status(parser: argparse.ArgumentParser) -> None:
+    _add_manager_flag(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+
+
+def _add_manager_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-manager",
         type=values.target,
@@ -217,4 +249,3 @@ def _add_status(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="the manager to ask (%(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")

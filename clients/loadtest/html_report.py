@@ -156,7 +156,7 @@ def _throughput(run: RunRecord) -> str:
         for record in run.requests
         for at, count in zip(record.arrivals_s, record.arrival_counts, strict=True)
     ]
-    width = run.ended_s / bins
+    width = max(run.ended_s, 1e-9) / bins
     points = [(at, total / width) for at, total in binned(pairs, run.ended_s, bins, sum)]
     high = max((value for _, value in points), default=1.0)
     return line_chart(

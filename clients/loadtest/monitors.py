@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable, Mapping
 
 from clients.errors import ClientError
 from clients.kv_manager import KvManagerClient
 from clients.loadtest.records import PoolSample, RunRecord, StepSample
+from clients.metrics import scrape, step_parts
 from protos import kv_manager_pb2 as kv_pb
 
 LAG_INTERVAL_S = 0.01
 POOL_INTERVAL_S = 0.25
 STEP_INTERVAL_S = 1.0
-_HTTP_TIMEOUT_S = 2.0
-
-_SAMPLE = re.compile(r"^(?P<name>[A-Za-z_:][\w:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)")
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 async def watch_lag(run: RunRecord, now_s: Callable[[], float]) -> None:
@@ -70,38 +66,3 @@ async def watch_steps(run: RunRecord, now_s: Callable[[], float], address: str) 
             run.steps.append(StepSample(at_s, address, rates))
         before, before_s = parts, at_s
         await asyncio.sleep(STEP_INTERVAL_S)
-
-
-def step_parts(samples: list[tuple[str, dict[str, str], float]]) -> dict[str, float]:
-    """Seconds that steps have taken so far, by part: every `*step*_seconds_sum` that has a label `part`."""
-    return {
-        labels["part"]: value
-        for name, labels, value in samples
-        if "step" in name and name.endswith("_seconds_sum") and "part" in labels
-    }
-
-
-async def scrape(address: str) -> list[tuple[str, dict[str, str], float]]:
-    """The samples at http://ADDRESS/metrics in Prometheus' text format: (name, labels, value)."""
-    host, _, port = address.rpartition(":")
-    async with asyncio.timeout(_HTTP_TIMEOUT_S):
-        reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
-        try:
-            writer.write(f"GET /metrics HTTP/1.0\r\nHost: {address}\r\n\r\n".encode())
-            await writer.drain()
-            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
-        finally:
-            writer.close()
-    if b" 200 " not in head.split(b"\r\n", 1)[0] + b" ":
-        raise ValueError(f"{address} answered {head[:60]!r}")
-    return parse_samples(body.decode(errors="replace"))
-
-
-def parse_samples(text: str) -> list[tuple[str, dict[str, str], float]]:
-    """Prometheus' text format without its comments."""
-    samples = []
-    for line in text.splitlines():
-        match = _SAMPLE.match(line)
-        if match is not None:
-            samples.append((match["name"], dict(_LABEL.findall(match["labels"] or "")), float(match["value"])))
-    return samples

@@ -170,6 +170,14 @@ def test_a_conversation_from_a_pipe(running: Running) -> None:
     assert (done.returncode, done.stdout) == (0, "zebra-4821\n42\n")
 
 
+def test_top_prints_one_picture_for_a_pipe(running: Running) -> None:
+    done = running.command("top", "--kv-manager", running.manager)
+    assert done.returncode == 0
+    assert "256 blocks" in done.stdout
+    assert "live" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
 def test_ctrl_c_cancels_and_gives_the_blocks_back(running: Running) -> None:
     process = subprocess.Popen(
         (
