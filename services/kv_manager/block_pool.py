@@ -95,19 +95,20 @@ class BlockPool:
         """
         held: dict[int, list[int]] = {}
         for block, holders, is_shared, content in entries:
-            self._holders[block] = holders
             if is_shared:
                 self._contents[block] = content
             if content is not None:
                 self._index[content.content_hash] = block
                 self.num_unverified += 1
+            self._holders[block] = holders
+            self._states[block] = self._derived_state(block)
             while holders:
                 slot = holders.bit_length() - 1
                 holders &= ~(1 << slot)
                 held.setdefault(slot, []).append(block)
                 if is_shared:
                     self._shared[slot][block] = 1
-            self._recount(block)
+        self._counts = [self._states.count(state) for state in BlockState]
         self._free = [block for block in range(self.num_blocks - 1, -1, -1) if self._states[block] == _FREE]
         self._cached = OrderedDict.fromkeys(self._deepest_first())
         return held
@@ -121,7 +122,8 @@ class BlockPool:
             while block is not None and block not in depths:
                 chain.append(block)
                 depths[block] = 0  # ends a cycle, which only a damaged file could have
-                block = self._index.get(self._require_content(block).parent_hash)
+                content = self._contents[block]
+                block = self._index.get(content.parent_hash) if content is not None else None
             depth = depths[block] if block is not None else 0
             for block in reversed(chain):
                 depth += 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from protos.pool_format import PAGE_BYTES, POOL_ID_BYTES
 from services.kv_manager.errors import PoolFileError
@@ -205,8 +206,7 @@ def pack_head(state: int, crc_so_far: int, holders: int) -> bytes:
     return HEADER_HEAD.pack(state, zlib.crc32(_HOLDERS.pack(holders), crc_so_far), holders)
 
 
-@dataclass(frozen=True, slots=True)
-class BlockHeader:
+class BlockHeader(NamedTuple):
     """A header as read back: `state` is LEASED, SEALED or VOID."""
 
     state: int
@@ -218,14 +218,13 @@ class BlockHeader:
 def unpack_header(record: bytes) -> BlockHeader:
     """Reads the header of a block that is not free; raises PoolFileError when it is damaged."""
     state, crc, holders = HEADER_HEAD.unpack_from(record)
-    body = record[HEADER_HEAD.size : HEADER_BYTES]
-    so_far = zlib.crc32(body, state)
+    so_far = zlib.crc32(record[16:], state)
     if zlib.crc32(record[8:16], so_far) != crc or state not in (LEASED, SEALED, VOID):
         raise PoolFileError("a block header fails its checksum")
-    generation, num_tokens, checksum, content_hash, parent_hash, tenant = HEADER_BODY.unpack(body)
+    generation, num_tokens, checksum, content_hash, parent_hash, tenant = HEADER_BODY.unpack_from(record, 16)
     content = None
     if state == SEALED:
-        content = Content(content_hash, parent_hash, num_tokens, checksum, tenant, generation, so_far, verified=False)
+        content = Content(content_hash, parent_hash, num_tokens, checksum, tenant, generation, so_far, False)
     return BlockHeader(state, holders, generation, content)
 
 

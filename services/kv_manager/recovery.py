@@ -6,6 +6,7 @@ holds, so its block stays pinned until each of them has come back or is proved d
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 from services.kv_manager import meta_format as fmt
@@ -26,7 +27,13 @@ class Recovered:
         self.num_damaged = 0
         for slot, worker in self.workers.items():
             self.pool.open_slot(slot, worker.epoch if worker else 0)
-        self.held = self.pool.restore(self._entries(files.meta))
+        # A million contents make the collector look at all of them again and again, and never find anything.
+        gc.disable()
+        try:
+            self.held = self.pool.restore(self._entries(files.meta))
+        finally:
+            gc.freeze()
+            gc.enable()
 
     def _entries(self, meta: MetaFile) -> Iterator[RestoredBlock]:
         known = sum(1 << slot for slot in self.workers)
