@@ -256,7 +256,7 @@ class Registrar:
                 list(claim.blocks),
                 claim.priority,
                 claim.tenant,
-                claim.age_ticket,
+                claim.age_ticket or (known.age_ticket if known is not None else 0),
                 revoked=known is not None and known.revoked,
             )
         after = session.references()

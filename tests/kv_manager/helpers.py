@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import secrets
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +24,10 @@ from grpc_status import rpc_status
 
 from protos import kv_manager_pb2 as pb
 from protos import kv_manager_pb2_grpc as pb_grpc
+from protos.pool_format import DATA_OFFSET_BYTES
 from services.kv_manager import translate
 from services.kv_manager.config import Config
+from services.kv_manager.leasebook import SealOrder
 from services.kv_manager.lessor import Lessor
 from services.kv_manager.locks import kernel_boot_id, prepare_pool_dir
 from services.kv_manager.registrar import Registered
@@ -53,6 +57,11 @@ def wait_until(predicate: Callable[[], bool], timeout_s: float = 20.0, what: str
     while not predicate():
         assert time.monotonic() < deadline, f"{what} did not come true within {timeout_s} s"
         pause.wait(0.01)
+
+
+def chain_of(name: str, length: int) -> list[bytes]:
+    """Content hashes of a chain of blocks."""
+    return [hashlib.sha256(f"{name} {index}".encode()).digest() for index in range(length)]
 
 
 def geometry(**changes: object) -> pb.Geometry:
@@ -177,6 +186,34 @@ class Manager:
     def release(self, session: Session, cache_id: int) -> int:
         self._seq += 1
         return self.lessor.book.release(session, [cache_id], self._seq)
+
+    def write(self, block: int, fill: int) -> int:
+        """Writes a block's bytes as a worker would, through the data file; answers their CRC-32."""
+        assert self.lessor.pool is not None
+        files = self.lessor.pool.files
+        shape = files.data.header.shape
+        data = bytes([fill % 256]) * shape.block_bytes
+        with files.data.path.open("r+b") as file:
+            file.seek(DATA_OFFSET_BYTES + block * shape.stride_bytes)
+            file.write(data)
+        return zlib.crc32(data)
+
+    def seal(self, session: Session, cache_id: int, index: int, chain: list[bytes]) -> int:
+        """Writes and seals the block at this place of the lease's table, its content's hash being chain[index]."""
+        block = session.leases[cache_id].blocks[index]
+        checksum = self.write(block, chain[index][0])
+        order = SealOrder(
+            cache_id, index, block, chain[index], chain[index - 1] if index else bytes(32), self.block_size, checksum
+        )
+        return self.lessor.book.seal(session, order)
+
+    def seal_all(self, session: Session, cache_id: int, chain: list[bytes]) -> list[int]:
+        """Seals the front of a lease's table; answers the blocks that its table names then."""
+        return [self.seal(session, cache_id, index, chain) for index in range(len(chain))]
+
+    @property
+    def block_size(self) -> int:
+        return self.lessor.config.block_size
 
     def revoked(self, session: Session, busy_ms: int | None = None) -> list[int]:
         """What a keepalive of the session is answered."""
