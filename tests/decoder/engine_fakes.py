@@ -88,11 +88,12 @@ class FakeStep:
 
 
 class FakeModel:
-    """Stores each token's id as its K/V. `gate` can hold a step; `fail_when` can fail one."""
+    """Stores each token's id as its K/V. `gate` can hold a step, `hold_at` a certain one; `fail_when` can fail one."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[int, int]] = []  # (sequences, tokens) of each committed step
         self.fail_when: Callable[[Batch], bool] = lambda batch: False
+        self.hold_at: int | None = None  # the step that closes the gate on itself, counted from 0
         self.gate = threading.Event()
         self.gate.set()
         self.is_stepping = threading.Event()
@@ -101,6 +102,9 @@ class FakeModel:
         return FakeStep(batch, kv)
 
     def forward(self, step: FakeStep) -> Sampled:
+        if len(self.batches) == self.hold_at:
+            self.hold_at = None
+            self.gate.clear()
         self.is_stepping.set()
         assert self.gate.wait(DEADLINE_S)
         self.is_stepping.clear()
@@ -112,6 +116,10 @@ class FakeModel:
             for row, how in zip(batch.sample_rows, batch.sampling, strict=True)
         ]
         return Sampled(np.array(tokens, np.int32), [-0.5] * len(tokens), [[(7, -0.25)]] * len(tokens))
+
+    def until_held(self) -> None:
+        """Waits until a step stands before the closed gate."""
+        poll(lambda: self.is_stepping.is_set() and not self.gate.is_set())
 
     def commit(self, step: FakeStep) -> None:
         size = step.kv.shape.block_size

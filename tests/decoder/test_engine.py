@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import pytest
 
@@ -175,12 +176,15 @@ def test_an_abort_takes_effect_at_the_step_boundary(leases: PooledLeases) -> Non
 
 def test_a_waiting_request_can_be_aborted_too(leases: PooledLeases) -> None:
     with EngineHarness(leases, EngineSettings(max_seqs=1)) as harness:
-        harness.engine.submit(make_request("runs", 4, 1000))
-        harness.wait(lambda: "runs" in harness.outcomes)
+        harness.model.gate.clear()
+        harness.engine.submit(make_request("runs"))
+        harness.model.until_held()
         harness.engine.submit(make_request("waits"))
         harness.engine.abort("waits")
+        harness.model.gate.set()
         assert harness.outcome("waits").finished.reason is FinishReason.CANCELLED
         assert harness.outcomes["waits"].tokens == []
+        assert harness.outcome("runs").tokens == expected_tokens(make_request("runs"))
 
 
 def test_a_failed_step_fails_its_own_sequences_and_the_engine_goes_on(leases: PooledLeases) -> None:
@@ -259,9 +263,14 @@ def test_stop_drains_running_requests(leases: PooledLeases) -> None:
 
 def test_stop_without_time_fails_what_runs_and_releases_everything(leases: PooledLeases) -> None:
     with EngineHarness(leases) as harness:
+        harness.model.hold_at = 5
         harness.engine.submit(make_request("cut off", 5, 1000))
-        harness.wait(lambda: "cut off" in harness.outcomes)
-        harness.engine.stop(0.0)
+        harness.model.until_held()
+        stopping = threading.Thread(target=harness.engine.stop, args=(0.0,))
+        stopping.start()
+        poll(lambda: harness.engine._stopping)
+        harness.model.gate.set()
+        stopping.join()
         assert isinstance(harness.outcomes["cut off"].error, ShuttingDownError)
     assert len(leases.free) == 256
 

@@ -42,9 +42,11 @@ def test_s23_without_its_manager_a_new_request_fails_at_once() -> None:
         [never] = harness.run(make_request("never"))
         assert isinstance(never.error, ManagerUnavailableError)
         harness.post(PoolReady(leases.kv, 4))
+        harness.model.hold_at = 3
         harness.engine.submit(request)
-        harness.wait(lambda: harness.num_tokens("running") > 3)
+        harness.model.until_held()
         harness.post(ManagerAway("it was killed"))
+        harness.model.gate.set()
         [turned_away] = harness.run(make_request("new"))
         assert isinstance(turned_away.error, ManagerUnavailableError)
         assert "it was killed" in str(turned_away.error)
@@ -155,10 +157,12 @@ def test_on_demand_a_request_takes_only_what_it_needs(leases: PooledLeases) -> N
 def test_a_revoked_lease_is_released_and_its_sequence_starts_over(leases: PooledLeases) -> None:
     request = make_request("victim", 9, 30)
     with EngineHarness(leases) as harness:
+        harness.model.hold_at = 7
         harness.engine.submit(request)
-        harness.wait(lambda: harness.num_tokens("victim") >= 7)
+        harness.model.until_held()
         harness.post(LeaseRevoked(1))
         harness.post(LeaseRevoked(1))
+        harness.model.gate.set()
         outcome = harness.outcome("victim")
         assert outcome.tokens == expected_tokens(request)
         assert len(outcome.admitted) == 1
@@ -169,12 +173,14 @@ def test_a_revoked_lease_is_released_and_its_sequence_starts_over(leases: Pooled
 def test_a_new_pool_voids_all_leases_and_no_token_changes(leases: PooledLeases) -> None:
     requests = [make_request(f"r{i}", 6 + i, 25) for i in range(5)]
     with EngineHarness(leases) as harness:
+        harness.model.hold_at = 9
         for request in requests:
             harness.engine.submit(request)
-        harness.wait(lambda: len(harness.outcomes) == 5)
+        harness.model.until_held()
         fresh = FakeKv(256, 4)
         leases.kv = fresh
         harness.post(PoolReady(fresh, 4))
+        harness.model.gate.set()
         for request in requests:
             assert harness.outcome(request.request_id).tokens == expected_tokens(request)
     assert len(leases.free) == 256

@@ -160,9 +160,9 @@ async def test_a_step_that_hangs_loses_its_leases_and_no_token_changes(start_man
     manager = start_manager("--num-blocks", "64", "--ttl", "0.4", "--hang-limit", "0.5")
     request = make_request("hangs", 20, 60)
     async with Decoder(manager.address) as decoder:
+        decoder.model.hold_at = 6
         decoder.submit(request)
-        await decoder.until_tokens("hangs", 5)
-        decoder.model.gate.clear()
+        await asyncio.to_thread(decoder.model.until_held)
 
         async def revoked() -> bool:
             counts = await stats(manager)
@@ -181,9 +181,9 @@ async def test_a_long_step_below_the_hang_limit_keeps_its_session(start_manager:
     manager = start_manager("--num-blocks", "64", "--ttl", "0.2", "--hang-limit", "60")
     request = make_request("long step", 20, 60)
     async with Decoder(manager.address) as decoder:
+        decoder.model.hold_at = 6
         decoder.submit(request)
-        await decoder.until_tokens("long step", 5)
-        decoder.model.gate.clear()
+        await asyncio.to_thread(decoder.model.until_held)
 
         async def busy() -> bool:
             sessions = (await decoder.client.list_leases("w1")).sessions

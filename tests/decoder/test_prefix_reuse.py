@@ -137,9 +137,11 @@ async def test_a_crashed_decoders_streams_go_on_and_recompute_less_than_two_bloc
     requests = [make_request(f"r{i}", 20 + 5 * i, 200) for i in range(6)]
     first = Decoder(manager.address)
     async with first:
+        first.model.hold_at = 70
         first.submit(*requests)
-        for request in requests:
-            await first.until_tokens(request.request_id, 40)
+        await asyncio.to_thread(first.model.until_held)
+        # A real step takes longer than a seal.
+        await asyncio.to_thread(poll, lambda: not first.leases._outbox._arrived and not first.leases._outbox._seals)
         await crash(first)
     had = {request.request_id: first.harness.outcomes[request.request_id] for request in requests}
     async with Decoder(manager.address) as second:
