@@ -74,6 +74,7 @@ async def follow(
     pace: Pace | None = None,
     start_at: int = 0,
     cancel_at: int | None = None,
+    timeout_s: float | None = None,
     tenant: str = "",
     retry_for_s: float = RETRY_FOR_S,
     into: Followed | None = None,
@@ -82,7 +83,8 @@ async def follow(
     if pace is not None:
         await pace.reach(start_at)
     followed = Followed() if into is None else into
-    async with aclosing(client.generate(request, retry_for_s=retry_for_s, tenant=tenant)) as events:
+    stream = client.generate(request, retry_for_s=retry_for_s, timeout_s=timeout_s, tenant=tenant)
+    async with aclosing(stream) as events:
         async for event in events:
             num_tokens = followed.take(event)
             if pace is not None and num_tokens:

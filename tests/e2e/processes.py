@@ -154,15 +154,21 @@ class Processes:
             service.kill()
 
     def start_manager(
-        self, *flags: str, listen: str = "127.0.0.1:0", pool_dir: Path | None = None, num_blocks: int = 256
+        self,
+        *flags: str,
+        listen: str = "127.0.0.1:0",
+        pool_dir: Path | None = None,
+        num_blocks: int = 256,
+        wait: bool = True,
     ) -> Manager:
-        """A manager that serves. Give `listen` and `pool_dir` of an earlier one to start it again."""
+        """A manager that serves; with wait=False it may still be starting. `listen` and `pool_dir` of an earlier one start it again."""
         pool_dir = self._directory / f"pool-{len(self._services)}" if pool_dir is None else pool_dir
         argv = ("--listen", listen, "--pool-dir", str(pool_dir), "--num-blocks", str(num_blocks), *flags)
         process, log_path = self._spawn("services.kv_manager", argv)
         manager = Manager(process, log_path, MANAGER_SERVICE, pool_dir=pool_dir)
         self._services.append(manager)
-        manager.wait_serving()
+        if wait:
+            manager.wait_serving()
         return manager
 
     def start_decoder(
