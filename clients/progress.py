@@ -27,6 +27,11 @@ class _Sample:
     finished: bool = False
 
 
+def draw_seed() -> int:
+    """A random seed for a request that was given none."""
+    return secrets.randbits(_SEED_BITS)
+
+
 class StreamProgress:
     """Turns responses into events that neither repeat nor lose anything, over any number of broken streams."""
 
@@ -38,7 +43,7 @@ class StreamProgress:
             self._request.request_id = uuid.uuid4().hex
         if not self._request.sampling.HasField("seed"):
             # Drawn here, so that a request that broke before `started` is sent again with the same noise.
-            self._request.sampling.seed = secrets.randbits(_SEED_BITS)
+            self._request.sampling.seed = draw_seed()
         num_samples = request.n if request.HasField("n") else 1
         self._samples = [_Sample() for _ in range(num_samples)]
         self._started: pb.Started | None = None

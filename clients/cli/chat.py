@@ -10,11 +10,12 @@ from contextlib import aclosing, suppress
 
 from clients.cli.generate import RetryNotes
 from clients.cli.messages import describe, say
-from clients.cli.requests import chat, draw_seed, sampling_params
+from clients.cli.requests import chat, sampling_params
 from clients.cli.terminal import printable
 from clients.decoder import DecoderClient
 from clients.errors import CallError, ClientError
 from clients.events import Finished, FinishReason, StreamBroken, StreamResumed, Tokens
+from clients.progress import draw_seed
 from protos import decoder_pb2 as pb
 
 _HELP = """\

@@ -12,11 +12,12 @@ from contextlib import aclosing
 from clients.cli import outcome as outcomes
 from clients.cli.messages import describe, describe_break, describe_resumption, say
 from clients.cli.outcome import Outcome
-from clients.cli.requests import draw_seed, generate_request
+from clients.cli.requests import generate_request
 from clients.cli.terminal import printable
 from clients.decoder import DecoderClient
 from clients.errors import ClientError, DeadlineError
 from clients.events import StreamBroken, StreamResumed, Tokens
+from clients.progress import draw_seed
 from protos import decoder_pb2 as pb
 
 

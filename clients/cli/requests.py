@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import secrets
 from collections.abc import Sequence
 
 from protos import decoder_pb2 as pb
-
-_SEED_BITS = 53  # exact in every JSON reader
-
-
-def draw_seed() -> int:
-    """A random seed for a request that was given none."""
-    return secrets.randbits(_SEED_BITS)
 
 
 def sampling_params(args: argparse.Namespace, seed: int) -> pb.SamplingParams:

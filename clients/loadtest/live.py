@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sys
 from collections import Counter
 
@@ -32,12 +33,13 @@ class Live:
         try:
             while True:
                 await asyncio.sleep(_TERMINAL_INTERVAL_S if self._terminal else _PLAIN_INTERVAL_S)
-                self._draw(self._lines())
+                self._draw(self.lines())
         finally:
             if self._terminal:
                 self._draw([])
 
-    def _lines(self) -> list[str]:
+    def lines(self) -> list[str]:
+        """What there is to say now; tokens/s are since the last time."""
         run, now_s = self._driver.run, self._driver.now_s()
         # The recent end of the list is enough: a run may have millions of requests.
         recent = run.requests[-_RECENT:]
@@ -70,6 +72,9 @@ class Live:
         if not self._terminal:
             print(" | ".join(line.strip() for line in lines), file=sys.stderr, flush=True)
             return
+        # A line that wraps would be counted wrong, and leave its rest behind.
+        width = shutil.get_terminal_size().columns
+        lines = [line[: width - 1] for line in lines]
         up = f"\x1b[{self._num_lines}A" if self._num_lines else ""
         sys.stderr.write(up + "\x1b[J" + "".join(line + "\n" for line in lines))
         sys.stderr.flush()

@@ -9,11 +9,13 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from clients.cli import main
 from tests.clients.conftest import Serve
 from tests.clients.fake_decoder import PROMPT_IDS, Answer, FakeDecoder
 from tests.clients.test_decoder_client import free_port
@@ -217,21 +219,27 @@ async def test_a_signal_cancels_the_request_and_prints_what_came(serve_decoder: 
         (["generate", "--prompt", "x", "--decoder", "here"], "HOST:PORT"),
         (["status", "--kv-manager", "127.0.0.1:0"], "HOST:PORT"),
         (["up"], "--model"),
+        (["top", "--interval", "0"], "--interval"),
+        (["loadtest", "--users", "2", "--rate", "2"], "not allowed"),
+        (["loadtest", "--rate", "1", "--arrivals", "ramp"], "two rates"),
+        (["loadtest", "--think", "3-1"], "--think"),
+        (["loadtest", "--chaos", "1:kill:decoder"], "--up"),
+        (["loadtest", "sweep", "--slo", "fast"], "service level"),
     ],
 )
-async def test_wrong_usage_is_2_and_names_the_flag(argv: list[str], says: str) -> None:
-    ended = await leasehold(*argv)
-    assert ended.code == 2
-    assert says in ended.err
-    assert ended.out == ""
+def test_wrong_usage_is_2_and_names_the_flag(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert says in err
+    assert out == ""
 
 
-@pytest.mark.parametrize("command", [[], ["up"], ["generate"], ["chat"], ["status"]])
-async def test_help_teaches_with_examples(command: list[str]) -> None:
-    ended = await leasehold(*command, "--help")
-    assert ended.code == 0
-    assert "leasehold" in ended.out
-    assert "exit codes" in ended.out
+@pytest.mark.parametrize("command", [[], ["up"], ["generate"], ["chat"], ["status"], ["top"], ["loadtest"]])
+def test_help_teaches_with_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "  leasehold" in out
+    assert "exit codes" in out
 
 
 async def test_chat_works_with_piped_input(serve_decoder: Serve) -> None:
@@ -268,6 +276,22 @@ async def test_chat_needs_a_template(serve_decoder: Serve) -> None:
     assert "--raw" in ended.err
 
 
+async def test_ctrl_c_ends_a_load_test_with_the_figures_so_far(serve_decoder: Serve, tmp_path: Path) -> None:
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text('{"prompt": "hi"}\n')
+    decoder = FakeDecoder(ANSWER)
+    decoder.hangs_after = 3
+    target = await serve_decoder(decoder)
+    flags = ("--decoder", target, "--prompts", "file", "--requests-file", str(requests), "--users", "1", "--json")
+    async with started("loadtest", *flags) as process:
+        await decoder.hanging.wait()
+        process.send_signal(signal.SIGINT)
+        ended = await finish(process)
+    assert ended.code == 130
+    assert ended.json["statuses"] == {"unfinished at the end": 1}
+    await asyncio.wait_for(decoder.cancelled.wait(), 30)
+
+
 async def test_status_of_an_absent_manager_is_one_line() -> None:
     ended = await leasehold("status", "--kv-manager", f"127.0.0.1:{free_port()}")
     assert ended.code == 1
@@ -276,7 +300,7 @@ async def test_status_of_an_absent_manager_is_one_line() -> None:
     assert "is a KV manager running there?" in ended.err
 
 
-async def test_up_refuses_a_folder_without_a_checkpoint(tmp_path: Any) -> None:
+async def test_up_refuses_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
     ended = await leasehold("up", "--model", str(tmp_path))
     assert ended.code == 1
     assert "config.json" in ended.err

@@ -13,6 +13,7 @@ from clients.loadtest.arrivals import Arrivals
 from clients.loadtest.driver import Driver, Plan, record_reference
 from clients.loadtest.figures import ServiceLevel, failures, summarize
 from clients.loadtest.lengths import Numbers
+from clients.loadtest.live import Live
 from clients.loadtest.records import RunRecord
 from clients.loadtest.workload import Mix, ProbeWorkload, RepeatedWorkload, TokenWorkload, Workload
 from clients.percentiles import percentile
@@ -188,6 +189,26 @@ def test_the_same_seed_asks_the_same_whatever_the_timing() -> None:
     drive(fast, plan)
     prompts = [sorted(tuple(r.token_ids.ids) for r in system.requests) for system in (slow, fast)]
     assert prompts[0] == prompts[1]
+
+
+def test_the_display_tells_how_it_goes() -> None:
+    def fails(number: int) -> grpc.StatusCode | None:
+        return grpc.StatusCode.RESOURCE_EXHAUSTED if number % 4 == 0 else None
+
+    async def main() -> list[str]:
+        run = RunRecord("shown", {})
+        driver = Driver(FakeSystem(fails=fails).generate, tokens(), open_loop(10, 4), run)
+        await driver.drive()
+        run.pool.append(records.PoolSample(1.0, 100, 50, 25, 10, 15, 0, 3, 1))
+        run.marks.append(records.Mark(2.0, "kill decoder"))
+        return Live(driver).lines()
+
+    first, bad, pool, mark = run_in_virtual_time(main())
+    assert "40 sent  0 in flight" in first
+    assert "TTFT p50 0.100 s" in first
+    assert "10 RESOURCE_EXHAUSTED" in bad
+    assert "[##########====------....................]" in pool
+    assert "2.0 s: kill decoder" in mark
 
 
 def test_a_fault_of_the_harness_is_not_hidden() -> None:
