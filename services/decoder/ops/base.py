@@ -21,6 +21,7 @@ from services.decoder.sampler import Sampled
 
 Handle = Any  # a backend's own array or weight
 IntArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float32]
 
 
 class Tensor(Protocol):

@@ -1,5 +1,7 @@
-"""The `mlx` backend: the reference. On a CPU, MLX does the norms, rotations, softmax, roundings and dequantising, and the host's
-BLAS the products, because MLX's CPU wheel is 20 to 60 times slower at those (see ops/blas.py). Activations are float32.
+"""The `mlx` backend: the reference, in MLX's own operations throughout.
+
+On a CPU activations are float32, whatever the checkpoint's dtype: MLX's CPU wheel has no bf16 experts, and is several times slower
+in bf16 than in float32. On a GPU they have the dtype of the checkpoint's norms.
 """
 
 from __future__ import annotations
@@ -18,20 +20,21 @@ from services.decoder.kv_view import KvView
 from services.decoder.ops.base import (
     AttentionShape,
     AttentionTensors,
+    FloatArray,
     LinearTensors,
     MlpTensors,
     MoeShape,
     MoeTensors,
     Tensor,
 )
-from services.decoder.ops.blas import FloatArray, blas_name, numpy_name
-from services.decoder.ops.cpu_attention import HostAttention, SequenceGroup, plan_groups
-from services.decoder.ops.mlx_weights import Budget, Linear, load_experts, widen_tensor
+from services.decoder.ops.gathered_attention import GatheredAttention, SequenceGroup, plan_groups
+from services.decoder.ops.mlx_weights import STORED_TYPES, Experts, Linear, load_array, widen_tensor
 from services.decoder.ops.rope_table import RopeTable
 from services.decoder.sampler import Sampled, sample_rows
 
-KERNEL_REVISION = 1  # counts up when bits change
-DEFAULT_RESIDENT_BYTES = 2 << 30
+KERNEL_REVISION = 2  # counts up when bits change
+# From this many token-expert pairs on, pairs are sorted by expert, so that an expert's weights are read once.
+_SORT_PAIRS = 64
 
 _KV_TYPES = {"bf16": mx.bfloat16, "f16": mx.float16, "f32": mx.float32}
 
@@ -62,9 +65,9 @@ class _Moe:
     norm: mx.array
     eps: float
     router: Linear
-    gate_proj: Sequence[Linear]
-    up_proj: Sequence[Linear]
-    down_proj: Sequence[Linear]
+    gate_proj: Experts
+    up_proj: Experts
+    down_proj: Experts
     shape: MoeShape
 
 
@@ -86,15 +89,13 @@ class _Step:
 
 
 class MlxOps:
-    """See `ops.base.Ops`. `resident_bytes` bounds the float32 copies of weights and has no influence on the bits."""
+    """See `ops.base.Ops`."""
 
-    def __init__(self, resident_bytes: int = DEFAULT_RESIDENT_BYTES) -> None:
-        self._budget = Budget(resident_bytes)
-        self._attention = HostAttention()
+    def __init__(self) -> None:
+        self._on_cpu = mx.default_device().type == mx.DeviceType.cpu
+        self._attention = GatheredAttention()
         self._ropes: dict[tuple[bytes, float], RopeTable] = {}
-        device = mx.default_device().type.name
-        parts = (f"mlx-{version('mlx')}-{device}", numpy_name(), blas_name(), f"r{KERNEL_REVISION}")
-        self._numerics_id = "-".join(parts)
+        self._numerics_id = f"mlx-{version('mlx')}-{mx.default_device().type.name}-r{KERNEL_REVISION}"
 
     @property
     def backend(self) -> str:
@@ -103,33 +104,34 @@ class MlxOps:
 
     @property
     def numerics_id(self) -> str:
-        """MLX's version and device, NumPy's and its BLAS's with their instruction sets, and this file's revision."""
+        """MLX's version and device, and this file's revision."""
         return self._numerics_id
 
     @property
     def batch_invariant(self) -> bool:
-        """Every product is of one row, and every reduction within one row."""
-        return True
+        """On a CPU: MLX's reductions there run along a row, in one order. On a GPU it picks kernels by the number of rows."""
+        return self._on_cpu
 
     def load_embedding(self, table: LinearTensors) -> Linear:
         """See `Ops`."""
-        return Linear(table, self._budget)
+        return Linear(table, self._dtype_of(table.scales or table.weight))
 
     def load_attention(self, tensors: AttentionTensors, shape: AttentionShape) -> _Attention:
         """See `Ops`."""
-        budget = self._budget
+        dtype = self._dtype_of(tensors.input_norm)
         qk_norm = None
         if tensors.q_norm is not None and tensors.k_norm is not None:
             norms = (widen_tensor(tensors.q_norm), widen_tensor(tensors.k_norm))
-            qk_norm = mx.array(np.repeat(np.stack(norms), (shape.num_heads, shape.num_kv_heads), axis=0))
+            repeated = np.repeat(np.stack(norms), (shape.num_heads, shape.num_kv_heads), axis=0)
+            qk_norm = mx.array(repeated).astype(dtype)
         key = (shape.rope_inv_freq.tobytes(), shape.rope_attention_factor)
         rope = self._ropes.setdefault(key, RopeTable(shape.rope_inv_freq, shape.rope_attention_factor))
         return _Attention(
-            input_norm=_norm(tensors.input_norm),
-            q_proj=Linear(tensors.q_proj, budget),
-            k_proj=Linear(tensors.k_proj, budget),
-            v_proj=Linear(tensors.v_proj, budget),
-            o_proj=Linear(tensors.o_proj, budget),
+            input_norm=load_array(tensors.input_norm, dtype),
+            q_proj=Linear(tensors.q_proj, dtype),
+            k_proj=Linear(tensors.k_proj, dtype),
+            v_proj=Linear(tensors.v_proj, dtype),
+            o_proj=Linear(tensors.o_proj, dtype),
             qk_norm=qk_norm,
             shape=shape,
             rope=rope,
@@ -137,24 +139,27 @@ class MlxOps:
 
     def load_mlp(self, tensors: MlpTensors, rms_norm_eps: float) -> _Mlp:
         """See `Ops`."""
-        linears = (Linear(part, self._budget) for part in (tensors.gate_proj, tensors.up_proj, tensors.down_proj))
-        return _Mlp(_norm(tensors.norm), rms_norm_eps, *linears)
+        dtype = self._dtype_of(tensors.norm)
+        linears = (Linear(part, dtype) for part in (tensors.gate_proj, tensors.up_proj, tensors.down_proj))
+        return _Mlp(load_array(tensors.norm, dtype), rms_norm_eps, *linears)
 
     def load_moe(self, tensors: MoeTensors, shape: MoeShape, rms_norm_eps: float) -> _Moe:
         """See `Ops`."""
+        dtype = self._dtype_of(tensors.norm)
         return _Moe(
-            norm=_norm(tensors.norm),
+            norm=load_array(tensors.norm, dtype),
             eps=rms_norm_eps,
-            router=Linear(tensors.router, self._budget),
-            gate_proj=load_experts(tensors.gate_proj, self._budget),
-            up_proj=load_experts(tensors.up_proj, self._budget),
-            down_proj=load_experts(tensors.down_proj, self._budget),
+            router=Linear(tensors.router, dtype),
+            gate_proj=Experts(tensors.gate_proj, dtype),
+            up_proj=Experts(tensors.up_proj, dtype),
+            down_proj=Experts(tensors.down_proj, dtype),
             shape=shape,
         )
 
     def load_head(self, norm: Tensor, head: LinearTensors, rms_norm_eps: float) -> _Head:
         """See `Ops`."""
-        return _Head(_norm(norm), rms_norm_eps, Linear(head, self._budget))
+        dtype = self._dtype_of(norm)
+        return _Head(load_array(norm, dtype), rms_norm_eps, Linear(head, dtype))
 
     def begin_step(self, batch: Batch, kv: KvView) -> _Step:
         """See `Ops`."""
@@ -162,68 +167,67 @@ class MlxOps:
 
     def embed(self, embedding: Linear, step: _Step) -> mx.array:
         """See `Ops`."""
-        return mx.array(embedding.weight_rows(step.batch.token_ids))
+        return embedding.rows(mx.array(step.batch.token_ids))
 
     def norm_qkv_rope(
         self, attention: _Attention, hidden: mx.array, step: _Step
-    ) -> tuple[FloatArray, npt.NDArray[Any], npt.NDArray[Any]]:
+    ) -> tuple[mx.array, npt.NDArray[Any], npt.NDArray[Any]]:
         """See `Ops`."""
         shape = attention.shape
-        rows = _host(mx.fast.rms_norm(hidden, attention.input_norm, shape.rms_norm_eps))
-        qk = np.concatenate((attention.q_proj(rows), attention.k_proj(rows)), axis=1)
-        qk_heads = mx.array(qk).reshape(len(rows), shape.num_heads + shape.num_kv_heads, shape.head_dim)
+        num_rows = hidden.shape[0]
+        rows = mx.fast.rms_norm(hidden, attention.input_norm, shape.rms_norm_eps)
+        qk = mx.concatenate([attention.q_proj(rows), attention.k_proj(rows)], axis=-1)
+        qk_heads = qk.reshape(num_rows, shape.num_heads + shape.num_kv_heads, shape.head_dim)
         if attention.qk_norm is not None:
             qk_heads = mx.fast.rms_norm(qk_heads, None, shape.rms_norm_eps) * attention.qk_norm
         turned = _rotate(qk_heads, *self._rotation(attention, step))
-        v = mx.array(attention.v_proj(rows)).reshape(len(rows), shape.num_kv_heads, shape.head_dim)
+        v = attention.v_proj(rows).reshape(num_rows, shape.num_kv_heads, shape.head_dim)
         q, k = turned[:, : shape.num_heads], turned[:, shape.num_heads :]
         stored = [_stored(array, step.kv.kv_dtype) for array in (k, v)]
         mx.eval(q, *stored)
-        return _host(q), _host(stored[0]), _host(stored[1])
+        return q, np.asarray(stored[0]), np.asarray(stored[1])
 
     def attention(
         self,
         attention: _Attention,
         layer: int,
-        q: FloatArray,
+        q: mx.array,
         k: npt.NDArray[Any],
         v: npt.NDArray[Any],
         step: _Step,
-    ) -> FloatArray:
+    ) -> mx.array:
         """See `Ops`."""
         step.rows[layer] = (k, v)
         return self._attention.attend(q, k, v, step.groups, step.kv, layer, attention.shape)
 
-    def out_proj_residual(self, attention: _Attention, attended: FloatArray, hidden: mx.array) -> mx.array:
+    def out_proj_residual(self, attention: _Attention, attended: mx.array, hidden: mx.array) -> mx.array:
         """See `Ops`."""
-        return hidden + mx.array(attention.o_proj(attended))
+        return hidden + attention.o_proj(attended)
 
     def dense_mlp(self, mlp: _Mlp, hidden: mx.array) -> mx.array:
         """See `Ops`."""
-        rows = _host(mx.fast.rms_norm(hidden, mlp.norm, mlp.eps))
-        return hidden + mx.array(mlp.down_proj(_silu_times(mlp.gate_proj(rows), mlp.up_proj(rows))))
+        rows = mx.fast.rms_norm(hidden, mlp.norm, mlp.eps)
+        return hidden + mlp.down_proj(_silu(mlp.gate_proj(rows)) * mlp.up_proj(rows))
 
     def moe(self, moe: _Moe, hidden: mx.array) -> mx.array:
         """See `Ops`."""
-        rows = _host(mx.fast.rms_norm(hidden, moe.norm, moe.eps))
+        rows = mx.fast.rms_norm(hidden, moe.norm, moe.eps)
         expert_ids, topk_weights = _route(moe, rows)
-        # Token-expert pairs by expert, so that an expert's weights pass through the cache once.
-        order = np.argsort(expert_ids.ravel(), kind="stable")
-        pair_rows = rows[order // moe.shape.num_experts_per_tok]
-        counts = np.bincount(expert_ids.ravel(), minlength=moe.shape.num_experts)
-        outputs = np.empty((len(order), hidden.shape[1]), np.float32)
-        stop = 0
-        for expert in np.flatnonzero(counts).tolist():
-            start, stop = stop, stop + int(counts[expert])
-            taken = pair_rows[start:stop]
-            inner = _silu_times(moe.gate_proj[expert](taken), moe.up_proj[expert](taken))
-            outputs[order[start:stop]] = moe.down_proj[expert](inner)
-        by_slot = outputs.reshape(*expert_ids.shape, -1)
+        pairs, back = rows[:, None, None], None  # [T, 1, 1, hidden]
+        if expert_ids.size >= _SORT_PAIRS:
+            order = mx.argsort(expert_ids.flatten())
+            back = mx.argsort(order)
+            pairs = rows[order // moe.shape.num_experts_per_tok][:, None]
+            expert_ids = expert_ids.flatten()[order]
+        sorted_ids = back is not None
+        gate = moe.gate_proj(pairs, expert_ids, sorted_ids)
+        up = moe.up_proj(pairs, expert_ids, sorted_ids)
+        outputs = moe.down_proj(_silu(gate) * up, expert_ids, sorted_ids)
+        if back is not None:
+            outputs = outputs[back]
+        by_slot = outputs.reshape(*topk_weights.shape, -1)  # [T, num_experts_per_tok, hidden]
         # By falling weight: the order of the sum is the row's own.
-        mixed = by_slot[:, 0] * topk_weights[:, :1]
-        for slot in range(1, moe.shape.num_experts_per_tok):
-            mixed += by_slot[:, slot] * topk_weights[:, slot : slot + 1]
-        return hidden + mx.array(mixed)
+        return hidden + (topk_weights[:, None].astype(by_slot.dtype) @ by_slot)[:, 0]
 
     def head_and_sample(self, head: _Head, hidden: mx.array, step: _Step) -> Sampled:
         """See `Ops`."""
@@ -231,8 +235,10 @@ class MlxOps:
 
     def logits(self, head: _Head, hidden: mx.array, step: _Step) -> FloatArray:
         """See `Ops`."""
-        sampled = _host(hidden)[step.batch.sample_rows]
-        return head.linear(_host(mx.fast.rms_norm(mx.array(sampled), head.norm, head.eps)))
+        if not len(step.batch.sample_rows):  # MLX divides by zero in a product of no rows
+            return np.empty((0, head.linear.weight.shape[0]), np.float32)
+        rows = mx.fast.rms_norm(hidden[mx.array(step.batch.sample_rows)], head.norm, head.eps)
+        return np.asarray(head.linear(rows).astype(mx.float32))
 
     def commit(self, step: _Step) -> None:
         """See `Ops`."""
@@ -248,21 +254,16 @@ class MlxOps:
             block_id, offset = divmod(int(slots[start]), block_size)
             step.kv.block(block_id)[:, :, :, offset : offset + stop - start] = rows[:, :, :, start:stop]
 
+    def _dtype_of(self, tensor: Tensor) -> mx.Dtype:
+        """The activations' dtype, where the tensor is one that has the checkpoint's."""
+        return mx.float32 if self._on_cpu else STORED_TYPES[tensor.dtype]
+
     def _rotation(self, attention: _Attention, step: _Step) -> tuple[mx.array, mx.array]:
         key = id(attention.rope)
         if key not in step.rotations:
             cos, sin = attention.rope.rows(step.batch.positions)
             step.rotations[key] = (mx.array(cos[:, None]), mx.array(sin[:, None]))
         return step.rotations[key]
-
-
-def _norm(tensor: Tensor) -> mx.array:
-    return mx.array(widen_tensor(tensor))
-
-
-def _host(array: mx.array) -> npt.NDArray[Any]:
-    """Evaluates an array and views it, without a copy."""
-    return np.asarray(array)
 
 
 def _rotate(heads: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
@@ -277,24 +278,15 @@ def _stored(rows: mx.array, kv_dtype: str) -> mx.array:
     return rounded.view(mx.uint16) if kv_dtype == "bf16" else rounded
 
 
-def _silu_times(gate: FloatArray, up: FloatArray) -> FloatArray:
-    """silu(gate) * up, in place in `gate`."""
-    with np.errstate(over="ignore"):  # exp overflows to inf below -88, where silu is 0
-        weight = np.exp(-gate)
-    weight += 1.0
-    gate /= weight
-    gate *= up
-    return gate
+def _silu(x: mx.array) -> mx.array:
+    return x * mx.sigmoid(x)
 
 
-def _route(moe: _Moe, rows: FloatArray) -> tuple[npt.NDArray[np.int64], FloatArray]:
+def _route(moe: _Moe, rows: mx.array) -> tuple[mx.array, mx.array]:
     """expert_ids and topk_weights, [T, num_experts_per_tok], by falling weight; of equals the lowest id first."""
-    weights = _host(mx.softmax(mx.array(moe.router(rows)), axis=-1, precise=True))
-    expert_ids = np.argsort(-weights, axis=1, kind="stable")[:, : moe.shape.num_experts_per_tok]
-    topk_weights = np.take_along_axis(weights, expert_ids, axis=1)
+    weights = mx.softmax(moe.router(rows), axis=-1, precise=True).astype(mx.float32)
+    expert_ids = mx.argsort(-weights, axis=-1)[:, : moe.shape.num_experts_per_tok]
+    topk_weights = mx.take_along_axis(weights, expert_ids, axis=-1)
     if moe.shape.norm_topk_prob:
-        total = topk_weights[:, 0].copy()
-        for slot in range(1, moe.shape.num_experts_per_tok):
-            total += topk_weights[:, slot]
-        topk_weights /= total[:, None]
+        topk_weights = topk_weights / topk_weights.sum(axis=-1, keepdims=True)
     return expert_ids, topk_weights

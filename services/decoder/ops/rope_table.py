@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from services.decoder.ops.base import IntArray
-from services.decoder.ops.blas import FloatArray
+from services.decoder.ops.base import FloatArray, IntArray
 
 _GROWTH_POSITIONS = 1024
 
