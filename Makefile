@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 
 .PHONY: help demo test test-long lint types stubs clean
@@ -13,15 +14,21 @@ help:
 	@echo 'make stubs      generate protos/*_pb2* anew from the .proto files'
 	@echo 'make clean      remove .venv and caches'
 
-$(READY): pyproject.toml hatch_build.py
+# What users install: the services, the clients and the compiled kernels. An editable install compiles them in place.
+$(INSTALLED): pyproject.toml hatch_build.py $(wildcard services/decoder/ops/native/src/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'leasehold needs Python 3.11 or later; say make PYTHON=/path/to/python3.11'; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' || { echo 'the venv module is missing; on Debian: apt-get install python3-venv'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'  # 25.1: --group
-	$(BIN)/python -m pip install --quiet --editable '.[decoder]' --group dev
+	$(BIN)/python -m pip install --quiet --editable '.[decoder]'
 	@touch $@
 
-demo: $(READY)
+# What the checks need besides.
+$(READY): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --group dev
+	@touch $@
+
+demo: $(INSTALLED)
 	$(BIN)/python -m clients.demo
 
 lint: $(READY)
