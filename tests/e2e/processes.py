@@ -158,12 +158,13 @@ class Processes:
         *flags: str,
         listen: str = "127.0.0.1:0",
         pool_dir: Path | None = None,
-        num_blocks: int = 256,
+        num_blocks: int | None = 256,  # None: as `flags` say
         wait: bool = True,
     ) -> Manager:
         """A manager that serves; with wait=False it may still be starting. `listen` and `pool_dir` of an earlier one start it again."""
         pool_dir = self._directory / f"pool-{len(self._services)}" if pool_dir is None else pool_dir
-        argv = ("--listen", listen, "--pool-dir", str(pool_dir), "--num-blocks", str(num_blocks), *flags)
+        size = () if num_blocks is None else ("--num-blocks", str(num_blocks))
+        argv = ("--listen", listen, "--pool-dir", str(pool_dir), *size, *flags)
         process, log_path = self._spawn("services.kv_manager", argv)
         manager = Manager(process, log_path, MANAGER_SERVICE, pool_dir=pool_dir)
         self._services.append(manager)
