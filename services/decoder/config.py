@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from services.decoder.errors import ConfigError
 from services.logs import LOG_LEVELS
+from services.metrics import check_metrics_address
 from services.serving import AddressError, check_address
 
 DEFAULT_LISTEN = "127.0.0.1:50051"
@@ -60,6 +61,7 @@ class DecoderConfig:
     log_level: str
     threads: int | None  # None: the backend decides
     grace_s: float  # how long a running request may go on after SIGTERM
+    metrics_listen: str | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,6 +74,7 @@ def parse_args(argv: Sequence[str]) -> DecoderConfig:
     args = _parser().parse_args(argv)
     listen = _address("--listen", args.listen)
     kv_manager = _address("--kv-manager", args.kv_manager)
+    metrics_listen = _metrics_address(args.metrics_listen)
     if args.paged and kv_manager.endswith(":0"):
         raise ConfigError(f"--kv-manager: {kv_manager!r} has port 0; write the port that the manager listens on")
     if args.max_num_batched_tokens < args.max_seqs:
@@ -94,6 +97,7 @@ def parse_args(argv: Sequence[str]) -> DecoderConfig:
         log_level=args.log_level,
         threads=args.threads,
         grace_s=args.grace,
+        metrics_listen=metrics_listen,
     )
 
 
@@ -139,6 +143,13 @@ def _why_no_native() -> str:
 def _address(flag: str, address: str) -> str:
     try:
         return check_address(flag, address)
+    except AddressError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _metrics_address(address: str | None) -> str | None:
+    try:
+        return None if address is None else check_metrics_address(address)
     except AddressError as error:
         raise ConfigError(str(error)) from error
 
@@ -273,4 +284,5 @@ def _add_process(parser: argparse.ArgumentParser) -> None:
         default=10.0,
         help="how long running requests may go on after SIGTERM before they are cancelled (%(default)s)",
     )
+    add("--metrics-listen", metavar="HOST:PORT", help="serve Prometheus metrics at http://HOST:PORT/metrics (off)")
     add("--log-level", choices=tuple(LOG_LEVELS), default="info", help="least severe log line to write (%(default)s)")

@@ -54,6 +54,7 @@ from services.decoder.sampler import Sampled
 from services.decoder.scheduler import LeaseError, Scheduler
 from services.decoder.sequence import Chunk, Sequence, SequenceState, blocks_for
 from services.decoder.step_buffers import StepBuffers
+from services.decoder.step_meter import StepMeter
 
 __all__ = ["Engine", "EngineSettings", "LoadedModel", "StepModel"]
 
@@ -116,6 +117,7 @@ class Engine:
         self._leases = leases
         self._settings = settings
         self._emit = emit
+        self.meter = StepMeter()
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._loaded: Future[LoadedModel] = Future()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
@@ -183,6 +185,11 @@ class Engine:
         if self._thread.ident is not None:
             self._thread.join()
 
+    @property
+    def num_preempted(self) -> int:
+        """How often a sequence had to give its lease back and start over."""
+        return self._scheduler.num_preempted
+
     def busy_ms(self) -> int | None:
         """How long the present step has lasted, in milliseconds; None when idle."""
         since = self._busy_since
@@ -207,13 +214,16 @@ class Engine:
     def _turn(self, model: StepModel) -> bool:
         """One step, if anything can run; says whether something did."""
         chunks: list[Chunk] = []
+        self.meter.begin()
         try:
             chunks = self._scheduler.plan()
+            self.meter.mark("schedule")
             if chunks:
                 self._busy_since = time.monotonic()
                 self._step(model, chunks)
         except Exception as error:  # a step fails its own sequences only, and leaves no trace in the pool
-            _log.exception("step_failed", num_seqs=len(chunks))
+            self.meter.fail()
+            _log.exception("step_failed", requests=[chunk.sequence.log_ids for chunk in chunks])
             failure = EngineFailedError(f"a step of the engine failed: {type(error).__name__}: {error}")
             for chunk in chunks:
                 self._fail(chunk.sequence, failure)
@@ -222,15 +232,21 @@ class Engine:
         finally:
             self._busy_since = None
             self._flush()
+            self.meter.end()
         return bool(chunks)
 
     def _step(self, model: StepModel, chunks: list[Chunk]) -> None:
         if self._kv is None:
             raise ValueError("a step was planned without a pool")
+        meter = self.meter
         batch = self._buffers.fill(chunks, self._scheduler.block_size)
+        meter.note_batch(chunks, len(batch.sample_rows))
         step = model.begin(batch, self._kv)
+        meter.mark("fill")
         sampled = model.forward(step)
+        meter.mark("forward")
         model.commit(step)
+        meter.mark("commit")
         sampling = iter(range(len(batch.sample_rows)))
         for chunk in chunks:
             samples = chunk.reaches_end
@@ -238,6 +254,7 @@ class Engine:
             self._scheduler.seal_full(chunk.sequence)
             if samples:
                 self._take_token(chunk.sequence, sampled, next(sampling))
+        meter.mark("tokens")
 
     def _take_token(self, sequence: Sequence, sampled: Sampled, index: int) -> None:
         token_id, logprob = int(sampled.token_ids[index]), sampled.logprobs[index]
@@ -335,7 +352,7 @@ class Engine:
             return
         if granted is not None and granted[1]:
             sequence = granted[0]
-            self._event(sequence, Admitted(sequence.num_computed, sequence.age_ticket))
+            self._event(sequence, Admitted(sequence.num_computed, sequence.age_ticket, sequence.cache_id))
 
     def _is_drained(self, deadline: float) -> bool:
         """Whether the thread may end; past the deadline the sequences that are left fail."""

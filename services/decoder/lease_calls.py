@@ -124,10 +124,9 @@ class LeaseCalls:
             if result is not None and result.WhichOneof("result") == "block_id":
                 self._post(BlockSealed(ask.cache_id, ask.block_index, ask.block_id, result.block_id))
                 continue
-            self._post(SealRefused(ask.cache_id))
             # A lease that is gone, after a revocation or a new session, has nothing to seal.
-            if result is not None and result.error.code != grpc.StatusCode.NOT_FOUND.value[0]:
-                _log.warning("seal_refused", cache_id=ask.cache_id, reason=result.error.message)
+            is_gone = result is None or result.error.code == grpc.StatusCode.NOT_FOUND.value[0]
+            self._post(SealRefused(ask.cache_id, "" if is_gone or result is None else result.error.message))
         self._outbox.end_seals(asks)
         self.wake()  # for what waited for them
         return True

@@ -135,6 +135,7 @@ class SealRefused:
     """A block stays as it is, unsealed, and so do all that follow it in its table."""
 
     cache_id: int
+    reason: str = ""  # empty: the lease is gone, and nobody needs to know
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ class Admitted:
 
     num_cached_tokens: int
     age_ticket: int | None
+    cache_id: int = field(default=0, compare=False)  # of its lease, for the logs; 0: none
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from bisect import insort
 from itertools import count
 
+import structlog
+
 from services.decoder.block_hash import BlockHasher
 from services.decoder.engine_settings import EngineSettings
 from services.decoder.errors import DecoderError, EngineFailedError, PoolExhaustedError
@@ -20,6 +22,8 @@ from services.decoder.leases import (
     SealRefused,
 )
 from services.decoder.sequence import Chunk, Sequence, SequenceState, blocks_for
+
+_log = structlog.get_logger(__name__)
 
 
 class LeaseError(Exception):
@@ -45,6 +49,7 @@ class Scheduler:
         self._hasher: BlockHasher | None = None  # where blocks can be sealed
         self._waiting: list[Sequence] = []  # sorted by order
         self._seated: dict[int, Sequence] = {}  # by cache id, acquiring or running
+        self.num_preempted = 0
 
     @property
     def block_size(self) -> int:
@@ -77,6 +82,8 @@ class Scheduler:
         sequence = self._seated.get(cache_id)
         if sequence is None:
             return
+        self.num_preempted += 1
+        _log.info("preempted", **sequence.log_ids, num_tokens=len(sequence.token_ids))
         self._give_up_seat(sequence)
         sequence.unseat()
         self.add(sequence)
@@ -99,7 +106,10 @@ class Scheduler:
             raise LeaseError(sequence, EngineFailedError(f"the lease has {num_cached} cached tokens"))
         sequence.take_blocks(answer.block_ids)
         sequence.num_seals_asked = num_cached // self.block_size
-        return sequence, sequence.start(num_cached, answer.age_ticket)
+        is_first = sequence.start(num_cached, answer.age_ticket)
+        if not is_first:
+            _log.info("resumed", **sequence.log_ids, num_cached_tokens=num_cached)
+        return sequence, is_first
 
     def refused(self, answer: LeaseRefused) -> None:
         """Takes a refusal in; raises LeaseError when the sequence cannot go on without those blocks."""
@@ -146,6 +156,8 @@ class Scheduler:
         """Nothing after a block that is not sealed can be."""
         sequence = self._seated.get(answer.cache_id)
         if sequence is not None:
+            if answer.reason and sequence.can_seal:
+                _log.warning("seal_refused", **sequence.log_ids, reason=answer.reason)
             sequence.can_seal = False
 
     def held(self) -> list[HeldLease]:

@@ -61,6 +61,11 @@ class Sequence:
         self._seen = set(self.token_ids) if params.repetition_penalty != 1.0 else None
 
     @property
+    def log_ids(self) -> dict[str, str | int]:
+        """What every log line about it names."""
+        return {"request_id": self.request.request_id, "cache_id": self.cache_id}
+
+    @property
     def num_outputs(self) -> int:
         """Generated tokens so far, those of before a resumption included."""
         return len(self.token_ids) - self.num_prompt

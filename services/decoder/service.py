@@ -28,12 +28,15 @@ from services.decoder.lease_watch import LeaseWatch
 from services.decoder.leases import KvGeometry, LeasePort
 from services.decoder.loaded_model import load
 from services.decoder.loader import open_checkpoint
+from services.decoder.metrics import DecoderCollector
 from services.decoder.model_config import ModelConfig, read_model_config
 from services.decoder.ops.base import Ops
+from services.decoder.request_meter import RequestFigures
 from services.decoder.request_parser import Limits, RequestParser
 from services.decoder.servicer import DecoderServicer
 from services.decoder.session import ManagerLeases, WorkerSettings
 from services.decoder.tokenizer import load_tokenizer
+from services.metrics import MetricsEndpoint
 
 _log = structlog.get_logger(__name__)
 
@@ -55,6 +58,9 @@ class DecoderService:
         self._server: grpc.aio.Server | None = None
         self._health: health_aio.HealthServicer | None = None
         self._health_task: asyncio.Task[None] | None = None
+        self._figures = RequestFigures()
+        self._collector = DecoderCollector(self._figures)
+        self.metrics = MetricsEndpoint(self._collector)
         self.address = ""  # as bound
 
     @property
@@ -66,6 +72,9 @@ class DecoderService:
         """Returns when it serves; raises ConfigError, CheckpointError or AddressError when it never can."""
         config = self._config
         await _in_thread(lambda: refuse_taken(config.listen))
+        if config.metrics_listen is not None:
+            await self.metrics.start(config.metrics_listen)
+            _log.info("metrics", address=self.metrics.address)
         backend = resolve_backend(config.backend)
         checkpoint = await _in_thread(lambda: open_checkpoint(config.model))
         model_config = read_model_config(checkpoint)
@@ -75,7 +84,7 @@ class DecoderService:
         template = load_chat_template(config.model, tokenizer.special_tokens)
 
         router = EventRouter(asyncio.get_running_loop())
-        self._watch = LeaseWatch(self._lease_port(kv_capacity, kv_dtype))
+        self._collector.watch = self._watch = LeaseWatch(self._lease_port(kv_capacity, kv_dtype))
         settings = EngineSettings(
             max_seqs=config.max_seqs,
             kv_capacity=kv_capacity,
@@ -88,12 +97,13 @@ class DecoderService:
             built.append(load(checkpoint, model_config, kv_dtype, backend, config.threads))
             return built[0][0]
 
-        self._engine = Engine(build_model, self._watch, settings, router.emit)
+        self._collector.engine = self._engine = Engine(build_model, self._watch, settings, router.emit)
         await _in_thread(self._load)
         await self._open_leases(self._watch)
 
         info = self._info(*built[0], model_config, kv_capacity)
         info.has_chat_template = template is not None
+        self._collector.info = info
         limits = Limits(
             info.vocab_size,
             kv_capacity,
@@ -101,7 +111,7 @@ class DecoderService:
             model_stop_token_ids=frozenset(info.stop_token_ids),
         )
         parser = RequestParser(tokenizer, template, limits)
-        await self._serve(DecoderServicer(self._engine, router, parser, tokenizer, info), self._watch)
+        await self._serve(DecoderServicer(self._engine, router, parser, tokenizer, info, self._figures), self._watch)
 
     async def stop(self) -> None:
         """Refuses new requests, lets running ones end within the grace time, fails the rest, and releases every lease."""
@@ -117,6 +127,7 @@ class DecoderService:
             await self._server.stop(_LAST_WORDS_S)
         if self._watch is not None and not self.is_loading:
             await self._watch.close()
+        self.metrics.stop()
         _log.info("stopped")
 
     def _load(self) -> None:

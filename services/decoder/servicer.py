@@ -13,6 +13,7 @@ from protos import decoder_pb2, decoder_pb2_grpc
 from services.decoder.errors import DecoderError, to_status
 from services.decoder.event_router import EventRouter, next_events
 from services.decoder.request import Admitted, DecodeRequest
+from services.decoder.request_meter import RequestFigures, RequestMeter
 from services.decoder.request_parser import TENANT_METADATA_KEY, ParsedRequest, RequestParser
 from services.decoder.sample_stream import SampleStream
 from services.decoder.tokenizer import Tokenizer
@@ -40,21 +41,25 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
         parser: RequestParser,
         tokenizer: Tokenizer,
         info: decoder_pb2.GetModelInfoResponse,
+        figures: RequestFigures | None = None,
     ) -> None:
         self._engine = engine
         self._router = router
         self._parser = parser
         self._tokenizer = tokenizer
         self._info = info
+        self._figures = figures or RequestFigures()
 
     # A coroutine that writes, not a generator: when the client goes away the cancellation is raised in here, wherever it waits.
     async def Generate(self, request: decoder_pb2.GenerateRequest, context: _Context) -> None:  # type: ignore[override]
         """Streams one request; whatever ends it, the engine ends it too."""
+        meter = self._figures.request()
         try:
             # Long texts take long to tokenize, and other streams must not wait for that.
             parsed = await asyncio.to_thread(self._parser.parse, request, _tenant(context))
-            await self._stream(parsed, context)
+            await self._stream(parsed, context, meter)
         except DecoderError as error:
+            meter.end("refused", error)
             _log.info("request refused", request_id=request.request_id, reason=error.reason, error=str(error))
             await _abort_call(context, error)
 
@@ -78,12 +83,13 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
         """Its stream ends with FINISH_REASON_CANCELLED."""
         return decoder_pb2.AbortResponse(found=self._engine.abort(request.request_id))
 
-    async def _stream(self, parsed: ParsedRequest, context: _Context) -> None:
+    async def _stream(self, parsed: ParsedRequest, context: _Context, meter: RequestMeter) -> None:
         request = parsed.decode
         sample = SampleStream(parsed, self._tokenizer, self._info.numerics_id)
         if sample.stopped_by_text:  # it broke off between its last token and `finished`
             for response in sample.start(Admitted(0, request.age_ticket)):
                 await context.write(response)
+            meter.end("stop")
             return
         events = self._router.open(request.request_id)
         try:
@@ -91,18 +97,24 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
         except BaseException:
             self._router.forget(request.request_id)
             raise
+        meter.submit(len(request.prompt_token_ids) + len(request.output_token_ids))
         try:
             while not sample.ended:
-                for response in sample.take(await next_events(events)):
+                came = await next_events(events)
+                meter.take(came)
+                for response in sample.take(came):
                     await context.write(response)
         finally:
             # The client is gone, its deadline is over, or a stop string ended the text.
             if self._router.stop_listening(request.request_id):
                 self._engine.abort(request.request_id)
+            outcome = _how_it_ended(sample)
+            meter.end(outcome, sample.error)
             _log.info(
                 "request ended",
                 request_id=request.request_id,
-                reason=_how_it_ended(sample),
+                cache_id=meter.cache_id,
+                reason=outcome,
                 num_prompt_tokens=len(request.prompt_token_ids),
                 num_output_tokens=sample.num_output_tokens,
                 **({} if sample.error is None else {"error": str(sample.error)}),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.logs import LOG_LEVELS
+from services.metrics import check_metrics_address
 from services.serving import check_address
 
 DEFAULT_LISTEN = "127.0.0.1:50050"
@@ -36,10 +37,13 @@ class Config:
     # Blocks that a tenant's leases may hold; ANY_TENANT for every tenant that is not named.
     tenant_quotas: Mapping[str, int] = field(default_factory=dict)
     log_level: str = "info"
+    metrics_listen: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the flag when a value cannot be served."""
         check_address("--listen", self.listen)
+        if self.metrics_listen is not None:
+            check_metrics_address(self.metrics_listen)
         if not str(self.pool_dir).strip():
             raise ValueError("--pool-dir: is empty; name a directory on tmpfs (fast) or on disk (survives a reboot)")
         if self.num_blocks is not None and self.pool_bytes is not None:
@@ -162,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TENANT=BLOCKS",
         help="blocks that the leases of one tenant may hold, * for every other tenant; may be repeated",
     )
+    add("--metrics-listen", metavar="HOST:PORT", help="serve Prometheus metrics at http://HOST:PORT/metrics (off)")
     add("--log-level", choices=sorted(LOG_LEVELS), default="info", help="what to log on stderr (default info)")
     return parser
 
@@ -183,6 +188,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
             scrub_bytes_per_s=args.scrub_rate,
             tenant_quotas=dict(args.tenant_quota),
             log_level=args.log_level,
+            metrics_listen=args.metrics_listen,
         )
     except ValueError as error:
         parser.error(str(error))

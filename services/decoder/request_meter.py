@@ -1,0 +1,97 @@
+"""What a decoder's clients see of their requests: waits, latencies and outcomes. Touched by the event loop only."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from services.decoder.errors import DecoderError
+from services.decoder.request import Admitted, Event, Token
+from services.metrics import Histogram
+
+# How a request ended. Refused: before it came to the engine.
+OUTCOMES = ("stop", "length", "cancelled", "disconnected", "failed", "refused")
+
+
+class RequestFigures:
+    """All requests of a decoder, together."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.ttft = Histogram()
+        self.tpot = Histogram()
+        self.itl = Histogram()
+        self.e2e = Histogram()
+        self.queue = Histogram()
+        self.num_waiting = 0
+        self.num_running = 0
+        self.outcomes = Counter(dict.fromkeys(OUTCOMES, 0))
+        self.errors: Counter[str] = Counter()
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
+
+    def request(self) -> RequestMeter:
+        """A request has arrived."""
+        return RequestMeter(self)
+
+
+class RequestMeter:
+    """One request, from its arrival on. A resumed one counts what it does here, not what another decoder did before."""
+
+    def __init__(self, figures: RequestFigures) -> None:
+        self._figures = figures
+        self._arrived = self._submitted = figures.clock()
+        self._first: float | None = None
+        self._last = 0.0
+        self._num_tokens = 0
+        self._num_prompt_tokens = 0
+        self._is_waiting = False
+        self._is_running = False
+        self.cache_id = 0  # of the latest lease; 0: none yet
+
+    def submit(self, num_prompt_tokens: int) -> None:
+        """The engine has it now."""
+        self._submitted = self._figures.clock()
+        self._num_prompt_tokens = num_prompt_tokens
+        self._is_waiting = True
+        self._figures.num_waiting += 1
+
+    def take(self, events: Sequence[Event]) -> None:
+        """The engine's events for it have come."""
+        figures, now = self._figures, self._figures.clock()
+        for event in events:
+            if isinstance(event, Token):
+                if self._first is None:
+                    self._first = now
+                    figures.ttft.observe(now - self._arrived)
+                else:
+                    figures.itl.observe(now - self._last)
+                self._last = now
+                self._num_tokens += 1
+            elif isinstance(event, Admitted):
+                self.cache_id = event.cache_id
+                self._leave_queue()
+                self._is_running = True
+                figures.num_running += 1
+                figures.queue.observe(now - self._submitted)
+                figures.num_prompt_tokens += self._num_prompt_tokens
+                figures.num_cached_tokens += event.num_cached_tokens
+
+    def end(self, outcome: str, error: DecoderError | None = None) -> None:
+        """It is over, whatever ended it; one of OUTCOMES. Only whole answers count in the latencies of requests."""
+        figures = self._figures
+        self._leave_queue()
+        figures.num_running -= self._is_running
+        self._is_running = False
+        figures.outcomes[outcome] += 1
+        if error is not None:
+            figures.errors[error.reason] += 1
+        if outcome in ("stop", "length"):
+            figures.e2e.observe(figures.clock() - self._arrived)
+            if self._first is not None and self._num_tokens > 1:
+                figures.tpot.observe((self._last - self._first) / (self._num_tokens - 1))
+
+    def _leave_queue(self) -> None:
+        self._figures.num_waiting -= self._is_waiting
+        self._is_waiting = False
