@@ -57,6 +57,10 @@ class MappedPool(KvView, Protocol):
         """As the header in the mapping has it now; raises OSError or ValueError when the file is not whole any more."""
         ...
 
+    def close(self) -> None:
+        """Unmaps the file, as soon as nothing looks at its blocks any more."""
+        ...
+
 
 @dataclass
 class _Session:
@@ -142,6 +146,9 @@ class ManagerLeases:
                 await asyncio.wait([self._supervisor])
             await self._client.close()
             # Nothing of this process touches a block any more.
+            if self._pool is not None:
+                self._pool.close()
+                self._pool = None
             for lock in self._locks:
                 lock.close()
             self._locks.clear()
@@ -238,10 +245,13 @@ class ManagerLeases:
             pool = self._map_pool(reply.pool)
         except (OSError, ValueError) as error:
             raise ConfigError(f"--kv-manager: cannot map the pool {reply.pool.kv_path}: {error}") from error
-        self._pool = pool
+        old, self._pool = self._pool, pool
         self._outbox.sort()
         self._outbox.drop_seals()
         bound.post(PoolReady(pool, reply.pool.block_size, can_seal=True))
+        if old is not None:
+            # Answered at a step boundary, when the engine has turned to the new pool: nothing touches the old one then.
+            bound.post(ClaimsWanted(lambda held: old.close()))
         return pool
 
     async def _hold_lock(self, pool_dir: Path) -> WorkerLock:

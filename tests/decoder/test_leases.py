@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,15 @@ from tests.decoder.leasing import Decoder, StartManager, assert_all_free, manage
 def start_manager(tmp_path: Path) -> Iterator[StartManager]:
     with managers_in(tmp_path / "pool") as start:
         yield start
+
+
+def open_files() -> list[str]:
+    """Where the descriptors and the mappings of this process lead."""
+    paths = Path("/proc/self/maps").read_text().splitlines()
+    for entry in os.scandir("/proc/self/fd"):
+        with suppress(OSError):  # closed meanwhile
+            paths.append(os.readlink(entry.path))
+    return paths
 
 
 async def test_requests_run_in_leased_blocks_and_all_come_back(start_manager: StartManager) -> None:
@@ -139,6 +150,8 @@ async def test_a_pool_that_is_gone_is_mapped_anew_and_no_token_changes(start_man
             assert outcome.tokens == expected_tokens(request)
             assert len(outcome.admitted) == 1
         await assert_all_free(manager)
+        # The old file's space is free again, too.
+        assert not [path for path in open_files() if path.endswith(".kv (deleted)")]
 
 
 async def test_a_manager_that_comes_later_is_found(start_manager: StartManager) -> None:
