@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 
-from clients.cli import arguments, chat, generate, status, top, up
+from clients.cli import arguments, chat, generate, status, top, up, upkeep
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -42,6 +42,8 @@ def _dispatch(args: argparse.Namespace) -> int:
         "generate": lambda: generate.run(args, arguments.DEFAULT_DECODER),
         "status": lambda: status.run(args),
         "top": lambda: top.run(args),
+        "flush": lambda: upkeep.flush(args),
+        "scrub": lambda: upkeep.scrub(args),
         "up": lambda: up.run(args),
     }
     # A supervisor that ends `up` with SIGTERM gets what it asked for.

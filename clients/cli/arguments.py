@@ -71,6 +71,24 @@ examples:
 {_EXIT_CODES}
 """
 
+_FLUSH_EXAMPLES = f"""\
+examples:
+  leasehold flush                                  forget every cached prefix
+  leasehold flush --tenant acme
+
+Blocks that a request holds stay.
+{_EXIT_CODES}
+"""
+
+_SCRUB_EXAMPLES = """\
+examples:
+  leasehold scrub
+  leasehold scrub --rate 200MiB --json             gently: at most 200 MiB a second
+
+Reads every sealed block and compares it with its checksum. A damaged block is never found by a prefix again.
+exit codes: 0 nothing damaged, 1 something damaged or failed, 2 wrong usage, 130 Ctrl-C
+"""
+
 _TOP_EXAMPLES = f"""\
 examples:
   leasehold top
@@ -97,6 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_chat(_command(commands, "chat", "talk with the model, turn by turn", _CHAT_EXAMPLES))
     _add_status(_command(commands, "status", "show the pool, its leases and its sessions", _STATUS_EXAMPLES))
     _add_top(_command(commands, "top", "watch the pool and its holders live", _TOP_EXAMPLES))
+    _add_flush(_command(commands, "flush", "forget cached prefixes", _FLUSH_EXAMPLES))
+    _add_scrub(_command(commands, "scrub", "verify every sealed block", _SCRUB_EXAMPLES))
     add_loadtest(_command(commands, "loadtest", "put a system under load and measure it", EXAMPLES), add_stack_flags)
     return parser
 
@@ -236,9 +256,25 @@ def _add_top(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--once", action="store_true", help="print one picture and leave")
 
 
+def _add_flush(parser: argparse.ArgumentParser) -> None:
+    _add_status(parser)
+    parser.add_argument("--tenant", metavar="NAME", help="only this tenant's blocks (all)")
+
+
+def _add_scrub(parser: argparse.ArgumentParser) -> None:
+    _add_status(parser)
+    parser.add_argument(
+        "--rate",
+        type=values.size,
+        default=0,
+        metavar="SIZE",
+        help="most bytes a second, such as 200MiB (the manager's)",
+    )
+
+
 def _add_status(parser: argparse.ArgumentParser) -> None:
     _add_manager_flag(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
 def _add_manager_flag(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,16 @@ from clients.kv_manager import KvManagerClient
 from protos import kv_manager_pb2 as pb
 
 _COUNTS = ("num_blocks", "free", "leased", "sealed", "cached", "quarantined", "num_leases", "num_sessions")
+_ACTIVITY = (
+    "num_waiting",
+    "num_acquired",
+    "num_exhausted",
+    "num_revoked",
+    "num_preempted",
+    "num_seals",
+    "num_evicted",
+    "num_corrupt",
+)
 _MAX_SHOWN_BLOCKS = 8
 
 
@@ -37,6 +47,8 @@ def to_object(
 ) -> dict[str, object]:
     """The object that `--json` prints."""
     result: dict[str, object] = {name: getattr(stats, name) for name in _COUNTS}
+    result |= {name: getattr(stats, name) for name in _ACTIVITY}
+    result["hit_rate"] = _hit_rate(stats)
     result["block_size"] = pool.block_size
     result["pool_dir"] = pool.pool_dir
     result["leases"] = [
@@ -75,6 +87,8 @@ def to_text(stats: pb.StatsResponse, listing: pb.ListLeasesResponse, pool: pb.De
         size_mib = pool.pool.num_blocks * pool.pool.block_stride_bytes / (1 << 20)
         head = f"pool in {pool.pool_dir}: {stats.num_blocks} blocks of {pool.block_size} tokens, {size_mib:.1f} MiB"
     parts = [head, table(_COUNTS, [[getattr(stats, name) for name in _COUNTS]])]
+    activity = [*(getattr(stats, name) for name in _ACTIVITY), _percent(_hit_rate(stats))]
+    parts.append(table((*(name.removeprefix("num_") for name in _ACTIVITY), "prefix hits"), [activity]))
     if listing.sessions:
         sessions = [
             [s.worker_id, s.epoch, s.state, s.num_leases, s.num_blocks, s.silent_ms, _busy(s), s.pid]
@@ -88,6 +102,15 @@ def to_text(stats: pb.StatsResponse, listing: pb.ListLeasesResponse, pool: pb.De
         ]
         parts.append(table(("lease of", "cache id", "blocks", "priority", "tenant", "block ids"), leases))
     return "\n\n".join(parts)
+
+
+def _hit_rate(stats: pb.StatsResponse) -> float | None:
+    """Share of the blocks that new leases looked for which were there; None before any was looked for."""
+    return stats.num_hits / stats.num_looked_up if stats.num_looked_up else None
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def _busy(session: pb.Session) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from clients.errors import BadTargetError
 
 MAX_SEED = 2**64 - 1
 MAX_TOKEN_ID = 2**32 - 1
+
+_SIZE_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+_SIZE = re.compile(r"^(?P<number>\d+) ?(?P<unit>|[kmg]i?b)$", re.IGNORECASE)
 
 
 def target(text: str) -> str:
@@ -52,6 +56,14 @@ def number(low: float, high: float, *, above: bool = False) -> Callable[[str], f
         return value
 
     return parse
+
+
+def size(text: str) -> int:
+    """A number of bytes, with or without a suffix such as MiB or GB."""
+    match = _SIZE.match(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write a number of bytes, or one such as 200MiB")
+    return int(match["number"]) * _SIZE_UNITS[match["unit"].lower()]
 
 
 def seconds(text: str) -> float:

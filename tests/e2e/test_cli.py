@@ -300,3 +300,30 @@ def test_the_demo_leaves_nothing_on_ctrl_c() -> None:
     assert process.wait(_STOP_TIMEOUT_S) == 130
     process.stdout.close()
     assert not any(is_alive(pid) for pid in pids)
+
+
+def test_a_repeated_prompt_hits_and_scrub_and_flush_say_what_they_did(running: Running) -> None:
+    ids = ",".join(str(token_id) for token_id in range(100, 180))
+    flags = ("--token-ids", ids, "--max-tokens", "2", "--ignore-eos", "--json")
+    first = json.loads(running.generate(*flags).stdout)
+    again = json.loads(running.generate(*flags).stdout)
+    assert again["token_ids"] == first["token_ids"]
+    assert again["num_cached_tokens"] == 64  # whole blocks before the last token
+    status = running.status()
+    assert status["cached"] >= 4
+    assert status["hit_rate"] > 0
+    scrubbed = running.command("scrub", "--kv-manager", running.manager, "--json")
+    assert scrubbed.returncode == 0
+    report = json.loads(scrubbed.stdout)
+    assert report["num_checked"] == report["num_blocks"] >= 4
+    assert report["num_corrupt"] == 0
+    assert running.command("flush", "--kv-manager", running.manager, "--tenant", "nobody").stdout.startswith("0 cached")
+    flushed = json.loads(running.command("flush", "--kv-manager", running.manager, "--json").stdout)
+    assert flushed["num_flushed_blocks"] == status["cached"]
+    assert running.status()["free"] == 256
+
+
+def test_scrub_refuses_a_rate_that_is_no_size(running: Running) -> None:
+    refused = running.command("scrub", "--kv-manager", running.manager, "--rate", "fast")
+    assert refused.returncode == 2
+    assert "--rate: 'fast' is not a size" in refused.stderr
