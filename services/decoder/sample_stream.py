@@ -30,8 +30,13 @@ class SampleStream:
         outputs = self._request.output_token_ids
         self.num_output_tokens = len(outputs)
         self._num_cached_tokens = 0
-        with_text = outputs[:-1] if outputs and outputs[-1] in self._request.stop_token_ids else outputs
-        self._undelivered = self._text.resume(with_text, parsed.delivered_text, "resume.samples[0].delivered_text")
+        is_stopped = bool(outputs) and outputs[-1] in self._request.stop_token_ids
+        self._undelivered = self._text.resume(
+            outputs[:-1] if is_stopped else outputs,
+            parsed.delivered_text,
+            "resume.samples[0].delivered_text",
+            is_whole=is_stopped or len(outputs) >= self._request.max_tokens,
+        )
         self.finish_reason: FinishReason | None = None  # set when `finished` is out
         self.error: DecoderError | None = None  # set when the sample failed instead
 

@@ -136,15 +136,17 @@ class TextStream:
             text, self._held = text + self._held, ""
         return self._deliver(text)
 
-    def resume(self, token_ids: Sequence[int], delivered_text: str, field: str) -> str:
+    def resume(self, token_ids: Sequence[int], delivered_text: str, field: str, *, is_whole: bool = False) -> str:
         """Takes up a stream that broke off after these tokens, and returns what the client lacks of their text.
 
-        The text to come follows on delivered_text with neither a lost nor a doubled character. Raises InvalidRequestError naming
-        `field` when delivered_text is not what the tokens decode to.
+        The text to come follows on delivered_text with neither a lost nor a doubled character. is_whole says that no token follows.
+        Raises InvalidRequestError naming `field` when delivered_text is not what the tokens decode to.
         """
         certain = "".join(
             self._release(self._detokenizer.push(token_id)) for token_id in token_ids if self.stop_string is None
         )
+        if is_whole:  # the client may have the very end of the text already
+            certain += self.finish()
         known = certain + self._held
         if not known.startswith(delivered_text):
             same = next((i for i, (a, b) in enumerate(zip(known, delivered_text, strict=False)) if a != b), len(known))

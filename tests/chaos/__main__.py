@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
@@ -69,8 +69,8 @@ async def _run(args: argparse.Namespace, directory: Path, keep: Path) -> int:
     return 1 if failed else 0
 
 
-def _sockets(directory: str, names: list[str]) -> Iterator[str]:
-    return (name for name in names if name.endswith(".sock"))
+def _sockets(directory: str, names: list[str]) -> set[str]:
+    return {name for name in names if name.endswith(".sock")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -167,10 +167,10 @@ async def test_logprobs_stand_beside_their_tokens(harness: Harness) -> None:
     assert harness.engine.submitted[0].num_logprobs == 2
 
 
-def _resume(outputs: Sequence[int], text: str) -> pb.Resume:
+def _resume(outputs: Sequence[int], text: str, max_tokens: int = 20) -> pb.Resume:
     sample = pb.SampleProgress(output_token_ids=outputs, delivered_text=text)
     return pb.Resume(
-        prompt_token_ids=[1, 2], samples=[sample], seed=3, numerics_id="num-1", max_tokens=20, age_ticket=6
+        prompt_token_ids=[1, 2], samples=[sample], seed=3, numerics_id="num-1", max_tokens=max_tokens, age_ticket=6
     )
 
 
@@ -209,6 +209,16 @@ async def test_resuming_what_a_stop_token_had_ended(harness: Harness) -> None:
     _, deltas, finished = parts(await harness.generate(resume=_resume(outputs, "he")))
     assert deltas == []
     assert finished.stop_token_id == EOS_ID
+
+
+async def test_resuming_after_the_last_token_knows_the_half_character_that_ended_the_text(harness: Harness) -> None:
+    outputs = ids_of("你")[:1]
+    harness.answer_with([Admitted(0, 6), Finished(FinishReason.LENGTH, 1, 0)])
+    _, deltas, finished = parts(
+        await harness.generate(resume=_resume(outputs, "\N{REPLACEMENT CHARACTER}", max_tokens=1))
+    )
+    assert deltas == []
+    assert finished.reason == pb.FINISH_REASON_LENGTH
 
 
 async def test_a_wrong_delivered_text_is_refused(harness: Harness) -> None:

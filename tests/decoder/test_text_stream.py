@@ -64,6 +64,19 @@ def test_resuming_neither_loses_nor_doubles_a_character(
     assert (received, resumed.stop_string) == (expected, whole.stop_string)
 
 
+@settings(max_examples=300, deadline=None)
+@given(ids=IDS, stops=STOPS, lost=st.integers(0, 3))
+def test_a_stream_that_broke_off_after_its_last_token_gets_the_rest_of_its_text(
+    ids: list[int], stops: list[str], lost: int
+) -> None:
+    whole = TextStream(BYTE_LEVEL, stops)
+    expected = "".join(whole.push(token_id) for token_id in ids) + whole.finish()
+    delivered = expected[: max(0, len(expected) - lost)]
+    resumed = TextStream(BYTE_LEVEL, stops)
+    received = delivered + resumed.resume(ids, delivered, "resume", is_whole=True) + resumed.finish()
+    assert (received, resumed.stop_string) == (expected, whole.stop_string)
+
+
 @settings(max_examples=200, deadline=None)
 @given(text=TEXTS.filter(lambda text: "\N{REPLACEMENT CHARACTER}" not in text and "  " not in text), stops=STOPS)
 def test_byte_fallback_tokenizers_stream_exactly_too(text: str, stops: list[str]) -> None:
