@@ -1,0 +1,227 @@
+"""Processes that die or hang under load: streams go on token-exact, and blocks come back when it is proved that they can."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+import pytest
+
+pytest.importorskip("mlx.core")
+
+from clients.decoder import DecoderClient
+from protos import decoder_pb2 as pb
+from protos import kv_manager_pb2, kv_manager_pb2_grpc
+from tests.decoder.tiny_models import TinyConfig, write_tiny_checkpoint
+from tests.e2e.followed import Followed, Pace, follow, token_request
+from tests.e2e.pool_files import check_pool_files
+from tests.e2e.processes import Decoder, Manager, Processes, until
+
+NUM_STREAMS = 16
+NUM_TOKENS = 100
+BLOCK_SIZE = 16
+CHUNK = 64  # --max-num-batched-tokens
+VOCAB_SIZE = 96
+UNDISTURBED = "undisturbed"  # a tenant of its own, so that the disturbed streams find nothing of it
+FLAGS = ("--kv-dtype", "bf16", "--max-num-batched-tokens", str(CHUNK))
+SHORT_TTL = ("--ttl", "1", "--hang-limit", "30")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = TinyConfig(vocab_size=VOCAB_SIZE)
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("crash") / "model", config, 3)
+
+
+def _requests(rng: random.Random, num: int = NUM_STREAMS, num_tokens: int = NUM_TOKENS) -> list[pb.GenerateRequest]:
+    """Half of them greedy, half sampled with a seed; every fourth prompt is longer than a chunk."""
+    lengths = [rng.randint(CHUNK + 1, 3 * CHUNK) if index % 4 == 3 else rng.randint(1, 40) for index in range(num)]
+    return [
+        token_request(
+            [rng.randrange(VOCAB_SIZE) for _ in range(length)], num_tokens, seed=rng.randrange(2**50) if i % 2 else None
+        )
+        for i, length in enumerate(lengths)
+    ]
+
+
+async def _undisturbed(decoder: Decoder, requests: Sequence[pb.GenerateRequest]) -> list[list[int]]:
+    async with DecoderClient(decoder.address) as client:
+        streams = await asyncio.gather(*(follow(client, request, tenant=UNDISTURBED) for request in requests))
+    return [stream.token_ids for stream in streams]
+
+
+def _scrub(manager: Manager) -> kv_manager_pb2.ScrubProgress:
+    with grpc.insecure_channel(manager.address) as channel:
+        stub = kv_manager_pb2_grpc.KVManagerStub(channel)
+        *_, last = stub.Scrub(kv_manager_pb2.ScrubRequest(), timeout=60.0)
+    assert last.done
+    assert last.num_corrupt == 0
+    assert last.num_checked == manager.stats().cached
+    return last
+
+
+def _leases(manager: Manager, worker_id: str) -> kv_manager_pb2.ListLeasesResponse:
+    with grpc.insecure_channel(manager.address) as channel:
+        stub = kv_manager_pb2_grpc.KVManagerStub(channel)
+        return stub.ListLeases(kv_manager_pb2.ListLeasesRequest(worker_id=worker_id), timeout=10.0)
+
+
+def _blocks_of(manager: Manager, worker_id: str) -> set[int]:
+    return {block for lease in _leases(manager, worker_id).leases for block in lease.block_ids}
+
+
+def _most_recomputed(request: pb.GenerateRequest, stream: Followed) -> tuple[int, int]:
+    """Tokens whose K/V was computed again when the stream was resumed for the last time, and how many that may be."""
+    assert stream.finished is not None
+    kept = stream.resumed[-1].num_output_tokens
+    # The K/V of the last token of all was never computed before.
+    recomputed = len(request.token_ids.ids) + kept - 1 - stream.finished.num_cached_tokens
+    return recomputed, 2 * BLOCK_SIZE - 1 + (0 if kept else CHUNK)
+
+
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+async def test_a_decoder_killed_again_and_again_changes_no_stream_and_little_is_computed_twice(
+    processes: Processes, model: Path, seed: int
+) -> None:
+    rng = random.Random(seed)
+    manager = processes.start_manager(num_blocks=1024)
+    decoder = processes.start_decoder(manager, *FLAGS, model=model, worker_id="one")
+    requests = _requests(rng)
+    expected = await _undisturbed(decoder, requests)
+    pace = Pace()
+    async with DecoderClient(decoder.address) as client:
+        running = [asyncio.create_task(follow(client, request, pace=pace)) for request in requests]
+        for moment in sorted(rng.sample(range(NUM_STREAMS * NUM_TOKENS * 3 // 4), 3)):
+            await pace.reach(moment)
+            await asyncio.to_thread(decoder.kill)
+            listen = decoder.address
+            decoder = await asyncio.to_thread(
+                lambda listen=listen: processes.start_decoder(
+                    manager, *FLAGS, model=model, worker_id="one", listen=listen
+                )
+            )
+        streams = await asyncio.gather(*running)
+    assert [stream.token_ids for stream in streams] == expected
+    resumed = [(request, stream) for request, stream in zip(requests, streams, strict=True) if stream.resumed]
+    assert resumed
+    assert all(event.exact for stream in streams for event in stream.resumed)
+    for request, stream in resumed:
+        recomputed, allowed = _most_recomputed(request, stream)
+        assert recomputed <= allowed
+    manager.wait_all_free()
+    _scrub(manager)
+
+
+async def test_a_manager_killed_under_load_breaks_no_stream_and_its_sealed_blocks_still_hit(
+    processes: Processes, model: Path
+) -> None:
+    rng = random.Random(5)
+    manager = processes.start_manager(num_blocks=1024)
+    decoder = processes.start_decoder(manager, *FLAGS, model=model)
+    requests = _requests(rng)
+    late = _requests(rng, 4)
+    expected = await _undisturbed(decoder, [*requests, *late])
+    pace = Pace()
+    async with DecoderClient(decoder.address) as client:
+        running = [asyncio.create_task(follow(client, request, pace=pace)) for request in requests]
+        await pace.reach(NUM_STREAMS * NUM_TOKENS // 3)
+        until_all_started = all(task.done() for task in running)
+        assert not until_all_started
+        manager.kill()
+        await pace.reach(pace.num_tokens + NUM_STREAMS)  # in the blocks that the streams hold
+        running += [asyncio.create_task(follow(client, request)) for request in late]
+        again = await asyncio.to_thread(
+            lambda: processes.start_manager(listen=manager.address, pool_dir=manager.pool_dir, num_blocks=1024)
+        )
+        streams = await asyncio.gather(*running)
+        assert [stream.token_ids for stream in streams] == expected
+        assert [stream.broken for stream in streams[:NUM_STREAMS]] == [[]] * NUM_STREAMS, "no stream failed"
+        again.wait_all_free()
+        repeated = await follow(client, requests[3])
+    assert repeated.finished is not None
+    num_prompt = len(requests[3].token_ids.ids)
+    assert repeated.finished.num_cached_tokens == (num_prompt - 1) // BLOCK_SIZE * BLOCK_SIZE > 0
+    assert repeated.token_ids == expected[3]
+    again.wait_all_free()
+    _scrub(again)
+
+
+async def test_both_killed_at_once_change_no_stream_and_lose_no_block(processes: Processes, model: Path) -> None:
+    rng = random.Random(6)
+    manager = processes.start_manager(num_blocks=1024)
+    decoder = processes.start_decoder(manager, *FLAGS, model=model, worker_id="one")
+    requests = _requests(rng)
+    expected = await _undisturbed(decoder, requests)
+    pace = Pace()
+    async with DecoderClient(decoder.address) as client:
+        running = [asyncio.create_task(follow(client, request, pace=pace)) for request in requests]
+        await pace.reach(NUM_STREAMS * NUM_TOKENS // 2)
+        manager.process.kill()
+        decoder.process.kill()
+        manager.kill()
+        decoder.kill()
+        again = await asyncio.to_thread(
+            lambda: processes.start_manager(listen=manager.address, pool_dir=manager.pool_dir, num_blocks=1024)
+        )
+        second = await asyncio.to_thread(
+            lambda: processes.start_decoder(again, *FLAGS, model=model, worker_id="one", listen=decoder.address)
+        )
+        streams = await asyncio.gather(*running)
+    assert [stream.token_ids for stream in streams] == expected
+    again.wait_all_free()
+    _scrub(again)
+    assert second.terminate() == 0
+    assert again.terminate() == 0
+    counts = check_pool_files(manager.pool_dir)
+    assert counts["free"] + counts["cached"] == 1024
+
+
+@pytest.mark.parametrize("ending", [signal.SIGCONT, signal.SIGKILL])
+async def test_a_hung_decoders_blocks_are_set_aside_until_it_speaks_or_is_dead(
+    processes: Processes, model: Path, ending: signal.Signals
+) -> None:
+    rng = random.Random(7)
+    manager = processes.start_manager(*SHORT_TTL, num_blocks=80)
+    hung = processes.start_decoder(manager, *FLAGS, model=model, worker_id="hung")
+    other = processes.start_decoder(manager, *FLAGS, model=model, worker_id="other")
+    requests = [token_request([7, index], 100, seed=index) for index in range(6)]
+    crowd = [token_request([8, index], 60) for index in range(12)]
+    expected = await _undisturbed(other, [*requests, *crowd])
+    pace = Pace()
+    async with DecoderClient([hung.address]) as client, DecoderClient([other.address]) as other_client:
+        running = [asyncio.create_task(follow(client, request, pace=pace)) for request in requests]
+        await pace.reach(rng.randint(100, 200))
+        hung.process.send_signal(signal.SIGSTOP)
+        until(lambda: _state(manager, "hung") == "revoked", "the hung decoder's session is revoked")
+        held = _blocks_of(manager, "hung")
+        assert manager.stats().quarantined == len(held) > 0
+
+        # More than the rest of the pool holds at once: whatever gives way, it is not what the hung one holds.
+        asked = [asyncio.create_task(follow(other_client, request, pace=pace)) for request in crowd]
+        for num_tokens in range(pace.num_tokens, pace.num_tokens + 300, 30):
+            await pace.reach(num_tokens)
+            assert not held & _blocks_of(manager, "other")
+            assert manager.stats().quarantined == len(held)
+        crowded = await asyncio.gather(*asked)
+
+        hung.process.send_signal(ending)
+        if ending == signal.SIGKILL:
+            until(lambda: manager.stats().quarantined == 0, "the blocks of the dead are back")
+            hung.kill()
+            again = processes.start_decoder(manager, *FLAGS, model=model, worker_id="hung", listen=hung.address)
+        streams = await asyncio.gather(*running)
+    assert [stream.token_ids for stream in (*streams, *crowded)] == expected
+    if ending == signal.SIGCONT:
+        until(lambda: _state(manager, "hung") == "live", "the decoder is back in a session")
+    else:
+        assert again.terminate() == 0
+    manager.wait_all_free()
+    _scrub(manager)
+
+
+def _state(manager: Manager, worker_id: str) -> str:
+    return next((session.state for session in _leases(manager, worker_id).sessions), "")
