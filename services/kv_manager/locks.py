@@ -72,8 +72,10 @@ class LockProbe:
         return False
 
     def close(self) -> None:
-        """Closes the descriptor."""
-        os.close(self._fd)
+        """Closes the descriptor; once is enough."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def prepare_pool_dir(pool_dir: Path) -> Path:

@@ -260,8 +260,6 @@ class Registrar:
                 revoked=known is not None and known.revoked,
             )
         after = session.references()
-        if old is not None and old.probe is not None:
-            old.probe.close()
         pool.files.meta.write_slot(slot, session.worker)
         pool.open_slot(slot, session.epoch)
         pool.set_revoked(slot, False, before)
@@ -269,6 +267,8 @@ class Registrar:
             pool.share(slot, block)
         pool.drop(slot, list((Counter(before) - Counter(after)).elements()))
         self.sessions[session.worker.worker_id] = session
+        if old is not None and old.probe is not None:
+            old.probe.close()
         return lost
 
     def revoke(self, session: Session, why: str) -> None:
