@@ -32,6 +32,9 @@ _MAX_DELAY_S = 2.0
 _ABORT_TIMEOUT_S = 1.0
 _TENANT_KEY = "leasehold-tenant"
 
+# CANCELLED is what a gRPC server that stops makes of calls that arrive at that moment: no service of it was asked.
+_OUTAGES = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
+
 _Reply = TypeVar("_Reply")
 
 
@@ -191,7 +194,7 @@ class DecoderClient:
             await self._sleep(delay_s, deadline, target)
 
     async def _may_retry(self, error: CallError, attempt: int, index: int, request_id: str) -> bool:
-        if error.code is grpc.StatusCode.UNAVAILABLE:
+        if error.code in _OUTAGES:
             return True
         if error.code is grpc.StatusCode.ALREADY_EXISTS and attempt > 0:
             # Our own broken stream is still running there: the decoder has not seen yet that its client is gone.
@@ -208,7 +211,7 @@ class DecoderClient:
                 return await call(self._stubs[index], self._call_timeout_s)
             except grpc.aio.AioRpcError as rpc_error:
                 error = call_error(rpc_error, self.targets[index])
-                if error.code is not grpc.StatusCode.UNAVAILABLE:
+                if error.code not in _OUTAGES:
                     raise error from rpc_error
             delay_s = outage.failed(error)
             if self._on_unary_retry is not None:

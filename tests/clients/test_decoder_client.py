@@ -194,6 +194,15 @@ async def test_a_single_decoder_is_given_the_time_it_asks_for(serve_decoder: Ser
     assert time.waits == [1.5]
 
 
+async def test_a_call_that_met_a_decoder_in_the_moment_of_its_stop_is_sent_again(serve_decoder: Serve) -> None:
+    decoder = FakeDecoder(ANSWER)
+    decoder.refusal, decoder.num_refusals = (grpc.StatusCode.CANCELLED, "", ""), 1
+    async with DecoderClient(await serve_decoder(decoder), waiting=FakeTime().waiting()) as client:
+        events = await collect(client.generate(REQUEST))
+    assert text_of(events) == ANSWER.text
+    assert [event.error.code for event in events if isinstance(event, StreamBroken)] == [grpc.StatusCode.CANCELLED]
+
+
 async def test_a_refusal_is_typed_and_not_retried(serve_decoder: Serve) -> None:
     decoder = FakeDecoder(ANSWER)
     decoder.refusal = (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST", "sampling.temperature")
