@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
@@ -147,11 +147,6 @@ class MetricsEndpoint:
         if target.split("?", 1)[0] != PATH:
             return _response("404 Not Found", "text/plain", f"only {PATH}\n".encode())
         return _response("200 OK", _CONTENT_TYPE, generate_latest(self._registry))
-
-
-def metric_names(families: Iterable[Metric]) -> set[str]:
-    """The names under which the samples of some metrics appear in queries."""
-    return {sample.name for family in families for sample in family.samples}
 
 
 def _response(status: str, content_type: str, body: bytes) -> bytes:

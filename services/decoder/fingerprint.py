@@ -74,6 +74,7 @@ def _write_cache(model_dir: Path, identity: Sequence[_Identity], fingerprint: by
     try:
         with tempfile.NamedTemporaryFile("w", dir=model_dir, prefix=CACHE_NAME, delete=False, encoding="utf-8") as file:
             file.write(content)
+        os.chmod(file.name, 0o644)  # for the decoders of other users: it is no secret
         os.replace(file.name, model_dir / CACHE_NAME)
     except OSError as error:  # a read-only checkpoint is hashed at every start
         _log.info("the model's fingerprint cannot be kept beside it", model=str(model_dir), error=str(error))
