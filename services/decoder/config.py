@@ -26,6 +26,7 @@ DEFAULT_MAX_SEQS = 32  # twice a burst of 16
 DEFAULT_KV_CAPACITY = 2048  # tokens; the model's maximum when that is smaller
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 BACKENDS = ("mlx", "native")
+PRECISIONS = ("exact", "fast")
 KV_DTYPES = ("bf16", "f16", "f32")
 NATIVE_MODULE = "services.decoder.ops.native"
 
@@ -51,6 +52,7 @@ class DecoderConfig:
     listen: str
     kv_manager: str
     backend: str  # "mlx", "native" or "auto"
+    precision: str | None  # "exact" or "fast"; None: resolve_precision decides
     max_seqs: int
     kv_capacity: int | None  # tokens; None: resolve_kv_capacity decides
     max_num_batched_tokens: int
@@ -87,6 +89,7 @@ def parse_args(argv: Sequence[str]) -> DecoderConfig:
         listen=listen,
         kv_manager=kv_manager,
         backend=args.backend,
+        precision=args.precision,
         max_seqs=args.max_seqs,
         kv_capacity=args.kv_capacity,
         max_num_batched_tokens=args.max_num_batched_tokens,
@@ -123,6 +126,18 @@ def resolve_backend(requested: str) -> str:
     if reason:
         raise ConfigError(f"--backend: native is not available: {reason}; build it, or use --backend mlx or auto")
     return "native"
+
+
+def resolve_precision(requested: str | None, backend: str, checkpoint_dtype: str) -> str:
+    """How quantised weights are multiplied; raises ConfigError when the backend cannot do what is asked for.
+
+    Native kernels are fast unless the checkpoint itself is float32, scales included: who stores that wants it computed.
+    """
+    if backend == "mlx":
+        if requested == "fast":
+            raise ConfigError("--precision: fast needs --backend native; the mlx backend always computes exactly")
+        return "exact"
+    return requested or ("exact" if checkpoint_dtype == "f32" else "fast")
 
 
 def _why_no_native() -> str:
@@ -230,6 +245,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=(*BACKENDS, "auto"),
         default="auto",
         help="what computes: mlx everywhere, native on Linux CPUs; auto takes native where it is built (%(default)s)",
+    )
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        help="with 4- and 8-bit weights, exact keeps activations in float32 and fast rounds them to 8 bits a group, "
+        "several times faster (native: fast, or exact for a float32 checkpoint; mlx: always exact)",
     )
     add(
         "--max-seqs",

@@ -20,7 +20,7 @@ _log = structlog.get_logger(__name__)
 
 
 def load(
-    checkpoint: Checkpoint, config: ModelConfig, kv_dtype: str, backend: str, threads: int | None = None
+    checkpoint: Checkpoint, config: ModelConfig, kv_dtype: str, backend: str, precision: str, threads: int | None = None
 ) -> tuple[LoadedModel, Ops]:
     """Reads the weights; called on the thread that steps the model. Raises CheckpointError."""
     started = time.monotonic()
@@ -28,7 +28,7 @@ def load(
     _log.info("loading the model", model=str(checkpoint.directory), weight_bytes=weight_bytes)
     fingerprint = model_fingerprint(checkpoint.directory, checkpoint.weight_files)
     _log.info("the model is fingerprinted", fingerprint=fingerprint.hex(), after_s=_since(started))
-    ops = make_ops(backend, threads)
+    ops = make_ops(backend, precision, threads)
     model = load_model(checkpoint, config, ops)
     _log.info("the model is loaded", backend=ops.backend, numerics_id=ops.numerics_id, after_s=_since(started))
     geometry = KvGeometry(
@@ -43,10 +43,10 @@ def load(
     return LoadedModel(model, geometry, numerics_id), ops
 
 
-def make_ops(backend: str, threads: int | None) -> Ops:
+def make_ops(backend: str, precision: str, threads: int | None) -> Ops:
     """A backend by its name on the command line. Imported only now, so that one works where the other cannot load."""
     if backend == "native":
-        native: Ops = importlib.import_module(NATIVE_MODULE).make_ops(threads)
+        native: Ops = importlib.import_module(NATIVE_MODULE).make_ops(threads, precision)
         return native
     from services.decoder.ops.mlx import MlxOps
 

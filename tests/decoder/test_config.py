@@ -121,3 +121,16 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "--no-paged" in shown
     assert "python -m services.decoder --model" in shown
+
+
+def test_native_is_fast_unless_the_checkpoint_is_float32_or_told_otherwise() -> None:
+    assert config.resolve_precision(None, "native", "bf16") == "fast"
+    assert config.resolve_precision(None, "native", "f32") == "exact"
+    assert config.resolve_precision("exact", "native", "bf16") == "exact"
+    assert config.resolve_precision("fast", "native", "f32") == "fast"
+
+
+def test_mlx_is_always_exact() -> None:
+    assert config.resolve_precision(None, "mlx", "bf16") == "exact"
+    with pytest.raises(ConfigError, match=r"--precision: fast needs --backend native"):
+        config.resolve_precision("fast", "mlx", "bf16")
