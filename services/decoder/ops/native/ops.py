@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,23 +32,11 @@ from services.decoder.ops.native.lib import kernels
 from services.decoder.ops.native.sampling import sample
 from services.decoder.ops.native.step import Hidden, NativeStep
 from services.decoder.ops.native.threads import available_cores
-from services.decoder.ops.native.weights import Kept
+from services.decoder.ops.native.weights import Kept, Weights
 from services.decoder.sampler import Sampled
 
 KERNEL_REVISION = 1  # counts up when bits change
 PRECISIONS = ("exact", "fast")
-
-
-@dataclass(eq=False)
-class _Weights:
-    """A handle: a struct that the kernels read, and what its pointers point to."""
-
-    struct: Any
-    kept: Kept
-    address: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.address = ctypes.addressof(self.struct)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,14 +86,14 @@ class NativeOps:
         """Every sum runs in an order that is fixed by absolute position."""
         return True
 
-    def load_embedding(self, table: LinearTensors) -> _Weights:
+    def load_embedding(self, table: LinearTensors) -> Weights:
         """See `Ops`."""
         kept = Kept()
         matrix = kept.matrix(table)
         self._hidden_size = matrix.cols
-        return _Weights(matrix, kept)
+        return Weights(matrix, kept)
 
-    def load_attention(self, tensors: AttentionTensors, shape: AttentionShape) -> _Weights:
+    def load_attention(self, tensors: AttentionTensors, shape: AttentionShape) -> Weights:
         """See `Ops`."""
         if shape.head_dim > layout.MAX_HEAD_DIM or shape.head_dim % 2:
             raise CheckpointError(
@@ -133,22 +121,22 @@ class NativeOps:
             v=kept.matrix(tensors.v_proj),
             o=kept.matrix(tensors.o_proj),
         )
-        return _Weights(layer, kept)
+        return Weights(layer, kept)
 
-    def load_mlp(self, tensors: MlpTensors, rms_norm_eps: float) -> _Weights:
+    def load_mlp(self, tensors: MlpTensors, rms_norm_eps: float) -> Weights:
         """See `Ops`. One expert, which every token takes."""
         one = MoeShape(num_experts=1, num_experts_per_tok=1, norm_topk_prob=True)
         experts = ((tensors.gate_proj,), (tensors.up_proj,), (tensors.down_proj,))
         return self._load_experts(tensors.norm, None, experts, one, rms_norm_eps)
 
-    def load_moe(self, tensors: MoeTensors, shape: MoeShape, rms_norm_eps: float) -> _Weights:
+    def load_moe(self, tensors: MoeTensors, shape: MoeShape, rms_norm_eps: float) -> Weights:
         """See `Ops`."""
         experts = (tensors.gate_proj, tensors.up_proj, tensors.down_proj)
         return self._load_experts(tensors.norm, tensors.router, experts, shape, rms_norm_eps)
 
     def _load_experts(
         self, norm: Tensor, router: LinearTensors | None, experts: tuple[Any, Any, Any], shape: MoeShape, eps: float
-    ) -> _Weights:
+    ) -> Weights:
         kept = Kept()
         gate, up, down = (kept.matrices(part) for part in experts)
         if (gate[0].format, gate[0].group_size) != (up[0].format, up[0].group_size):
@@ -170,52 +158,52 @@ class NativeOps:
             up=ctypes.addressof(up),
             down=ctypes.addressof(down),
         )
-        return _Weights(layer, kept)
+        return Weights(layer, kept)
 
-    def load_head(self, norm: Tensor, head: LinearTensors, rms_norm_eps: float) -> _Weights:
+    def load_head(self, norm: Tensor, head: LinearTensors, rms_norm_eps: float) -> Weights:
         """See `Ops`."""
         kept = Kept()
-        return _Weights(HeadLayer(norm=kept.vector(norm), eps=rms_norm_eps, head=kept.matrix(head)), kept)
+        return Weights(HeadLayer(norm=kept.vector(norm), eps=rms_norm_eps, head=kept.matrix(head)), kept)
 
     def begin_step(self, batch: Batch, kv: KvView) -> NativeStep:
         """See `Ops`."""
         return NativeStep(batch, kv, self._spare_rows)
 
-    def embed(self, embedding: _Weights, step: NativeStep) -> Hidden:
+    def embed(self, embedding: Weights, step: NativeStep) -> Hidden:
         """See `Ops`."""
-        return step.record(layout.OP_EMBED, embedding.address)
+        return step.record(layout.OP_EMBED, embedding)
 
     def norm_qkv_rope(
-        self, attention: _Weights, hidden: Hidden, step: NativeStep
+        self, attention: Weights, hidden: Hidden, step: NativeStep
     ) -> tuple[_Projected, _Projected, _Projected]:
         """See `Ops`."""
         projected = _Projected(hidden)
         return projected, projected, projected
 
     def attention(
-        self, attention: _Weights, layer: int, q: _Projected, k: _Projected, v: _Projected, step: NativeStep
+        self, attention: Weights, layer: int, q: _Projected, k: _Projected, v: _Projected, step: NativeStep
     ) -> Hidden:
         """See `Ops`."""
-        step.record(layout.OP_NORM_QKV_ROPE, attention.address, layer, after=q.hidden)
-        return step.record(layout.OP_ATTENTION, attention.address, layer)
+        step.record(layout.OP_NORM_QKV_ROPE, attention, layer, after=q.hidden)
+        return step.record(layout.OP_ATTENTION, attention, layer)
 
-    def out_proj_residual(self, attention: _Weights, attended: Hidden, hidden: Hidden) -> Hidden:
+    def out_proj_residual(self, attention: Weights, attended: Hidden, hidden: Hidden) -> Hidden:
         """See `Ops`."""
-        return attended.step.record(layout.OP_OUT_PROJ, attention.address, after=attended)
+        return attended.step.record(layout.OP_OUT_PROJ, attention, after=attended)
 
-    def dense_mlp(self, mlp: _Weights, hidden: Hidden) -> Hidden:
+    def dense_mlp(self, mlp: Weights, hidden: Hidden) -> Hidden:
         """See `Ops`."""
         return self.moe(mlp, hidden)
 
-    def moe(self, moe: _Weights, hidden: Hidden) -> Hidden:
+    def moe(self, moe: Weights, hidden: Hidden) -> Hidden:
         """See `Ops`."""
-        return hidden.step.record(layout.OP_MLP, moe.address, after=hidden)
+        return hidden.step.record(layout.OP_MLP, moe, after=hidden)
 
-    def head_and_sample(self, head: _Weights, hidden: Hidden, step: NativeStep) -> Sampled:
+    def head_and_sample(self, head: Weights, hidden: Hidden, step: NativeStep) -> Sampled:
         """See `Ops`."""
         return sample(self._lib, self._context, self.logits(head, hidden, step), step.batch.sampling)
 
-    def logits(self, head: _Weights, hidden: Hidden, step: NativeStep) -> npt.NDArray[np.float32]:
+    def logits(self, head: Weights, hidden: Hidden, step: NativeStep) -> npt.NDArray[np.float32]:
         """See `Ops`."""
         self._run(step)
         rows = np.ascontiguousarray(step.batch.sample_rows, np.int32)

@@ -13,6 +13,7 @@ from services.decoder.batch import Batch
 from services.decoder.kv_view import KvView
 from services.decoder.ops.native import layout
 from services.decoder.ops.native.layout import RecordedOp, Step
+from services.decoder.ops.native.weights import Weights
 
 _KV_FORMATS = {"bf16": layout.FORMAT_BF16, "f16": layout.FORMAT_F16, "f32": layout.FORMAT_F32}
 
@@ -32,6 +33,7 @@ class NativeStep:
         self.batch = batch
         self.has_run = False
         self._ops: list[tuple[int, int, int]] = []
+        self._weights: list[Weights] = []  # alive until the operations have run
         self._spare_rows = spare_rows
         shape = kv.shape
         row_bytes = shape.num_kv_heads * shape.head_dim * shape.element_bytes
@@ -66,13 +68,14 @@ class NativeStep:
             **{name: array.ctypes.data for name, array in self._arrays.items()},
         )
 
-    def record(self, code: int, address: int, layer: int = 0, after: Hidden | None = None) -> Hidden:
+    def record(self, code: int, weights: Weights, layer: int = 0, after: Hidden | None = None) -> Hidden:
         """Notes an operation on the result of the one before; raises RuntimeError when `after` is not that result."""
         if self.has_run or (after is not None and (after.step is not self or after.after != len(self._ops))):
             raise RuntimeError(
                 "the native backend runs a step's operations in one chain, each on the last one's result"
             )
-        self._ops.append((code, layer, address))
+        self._ops.append((code, layer, weights.address))
+        self._weights.append(weights)
         return Hidden(self, len(self._ops))
 
     def recorded(self) -> ctypes.Array[RecordedOp]:

@@ -78,6 +78,18 @@ class Kept:
         return matrix
 
 
+@dataclass(eq=False)
+class Weights:
+    """A handle: a struct that the kernels read, and what its pointers point to."""
+
+    struct: Any
+    kept: Kept
+    address: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.address = ctypes.addressof(self.struct)
+
+
 def widen(stored: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
     """A float32 copy of stored numbers; exact."""
     if dtype == "BF16":

@@ -5,138 +5,152 @@
 #include "kernels.h"
 #include "simd.h"
 
-enum { ROWS = 4, MAX_GROUPS = MAX_COLS / MIN_GROUP };
+enum { ROWS = 4, TOKENS = 4, MAX_GROUPS = MAX_COLS / MIN_GROUP, AHEAD_BYTES = 8192 };
 
-/* Scales and biases of up to ROWS rows as floats. */
+/* What a tile needs of its groups, as floats; zero from the last group to a whole vector.
+ *
+ * A unit is half a chunk where groups are that small, else a chunk: the columns that share one scale. */
 typedef struct {
-    float scale[ROWS][MAX_GROUPS], bias[ROWS][MAX_GROUPS];
-} row_groups;
+    float scale[ROWS][MAX_GROUPS];           /* a group's */
+    float bias[ROWS][MAX_GROUPS];            /* a group's */
+    float product[TOKENS][ROWS][MAX_GROUPS]; /* a unit's: weight scale times activation scale */
+} tile_scales;
 
+INLINE f32x8 load_halves(const uint16_t *p, int format) { return format == FORMAT_BF16 ? f8_of_bf16(p) : f8_of_f16(p); }
+
+/* n scales, and zeros up to a whole vector. Nothing behind them is read. */
 INLINE void widen_scales(const uint8_t *p, int64_t n, int format, float *out) {
     int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        f8_store(out + i, format == FORMAT_F32 ? f8_load((const float *)p + i) : load_halves((const uint16_t *)p + i, format));
+    if (i == n) return;
     if (format == FORMAT_F32) {
-        memcpy(out, p, (size_t)n * 4);
-    } else if (format == FORMAT_BF16) {
-        for (; i + 8 <= n; i += 8) f8_store(out + i, f8_of_bf16((const uint16_t *)p + i));
-        for (; i < n; i++) out[i] = float_of_bf16(((const uint16_t *)p)[i]);
-    } else {
-        for (; i + 8 <= n; i += 8) f8_store(out + i, f8_of_f16((const uint16_t *)p + i));
-        for (; i < n; i++) out[i] = float_of_f16(((const uint16_t *)p)[i]);
+        f8_store(out + i, f8_load_some((const float *)p + i, (int)(n - i)));
+        return;
     }
+    uint16_t rest[8] = {0};
+    const uint16_t *from = (const uint16_t *)p + i;
+    if (n - i == 4) { /* common, and a load that follows narrower stores waits for them */
+        f8_store(out + i, format == FORMAT_BF16 ? f8_of_4_bf16(from) : f8_of_4_f16(from));
+        return;
+    }
+    for (int64_t j = 0; j < n - i; j++) rest[j] = from[j];
+    f8_store(out + i, load_halves(rest, format));
 }
 
-static void load_groups(const matrix *m, int64_t first, int rows, int64_t groups, row_groups *g) {
+static void load_groups(const matrix *m, int64_t first, int rows, int64_t groups, tile_scales *s) {
     for (int r = 0; r < rows; r++) {
         int64_t at = (first + r) * m->scale_row_bytes;
-        widen_scales(m->scales + at, groups, m->scale_format, g->scale[r]);
-        widen_scales(m->biases + at, groups, m->scale_format, g->bias[r]);
+        widen_scales(m->scales + at, groups, m->scale_format, s->scale[r]);
+        widen_scales(m->biases + at, groups, m->scale_format, s->bias[r]);
         if (m->format != FORMAT_Q8) continue;
         /* The kernel sees q - 128, so the bias takes 128 scales more. */
-        for (int64_t i = 0; i < groups; i++) g->bias[r][i] += 128.0f * g->scale[r][i];
+        for (int64_t i = 0; i < groups; i++) s->bias[r][i] += 128.0f * s->scale[r][i];
     }
 }
 
-/* A chunk's weight scale: one number, or one for each half where groups are half a chunk. */
-INLINE f32x8 chunk_scale(const int GROUP, const float *scale, int64_t chunk) {
-    if (GROUP == 32) return f8_halves(scale[2 * chunk], scale[2 * chunk + 1]);
-    return f8_set1(scale[GROUP == 64 ? chunk : chunk / 2]);
+INLINE void multiply_scales(const int R, const int T, const int GROUP, int64_t cols, const activation *tokens,
+                            tile_scales *s) {
+    int64_t chunks = (cols + 63) / 64;
+    for (int t = 0; t < T; t++) {
+        const float *act = tokens[t].scale;
+        for (int r = 0; r < R; r++) {
+            const float *scale = s->scale[r];
+            float *product = s->product[t][r];
+            if (GROUP == 64) {
+                for (int64_t c = 0; c < chunks; c += 8) f8_store(product + c, f8_mul(f8_load(scale + c), f8_load(act + c)));
+            } else if (GROUP == 128) {
+                for (int64_t c = 0; c < chunks; c++) product[c] = scale[c / 2] * act[c];
+            } else {
+                for (int64_t u = 0; u < cols / 32; u++) product[u] = scale[u] * act[u / 2];
+            }
+        }
+    }
 }
 
-/* A chunk of half size ends the row where groups are half a chunk and their number is odd. */
-INLINE f32x8 last_scale(const float *scale, int64_t chunk) { return f8_halves(scale[2 * chunk], 0.0f); }
+/* A chunk's scale: one number, or one for each half. */
+INLINE f32x8 chunk_scale(const int GROUP, const float *product, int64_t chunk) {
+    return GROUP == 32 ? f8_halves(product[2 * chunk], product[2 * chunk + 1]) : f8_set1(product[chunk]);
+}
 
 INLINE f32x8 bias_products(const float *bias, const float *sum, int64_t groups) {
     f32x8 acc = f8_zero();
-    int64_t i = 0;
-    for (; i + 8 <= groups; i += 8) acc = f8_fma(f8_load(bias + i), f8_load(sum + i), acc);
-    if (i < groups) {
-        int n = (int)(groups - i);
-        acc = f8_fma(f8_load_some(bias + i, n), f8_load_some(sum + i, n), acc);
-    }
+    for (int64_t i = 0; i < groups; i += 8) acc = f8_fma(f8_load(bias + i), f8_load(sum + i), acc);
     return acc;
 }
 
-INLINE void q4_chunk(const int R, const int T, const bytes32 *w, const f32x8 *scale, const activation *tokens,
-                     int64_t chunk, f32x8 (*acc)[ROWS]) {
-    bytes32 low[ROWS], high[ROWS];
-    UNROLL for (int r = 0; r < R; r++) {
-        low[r] = b32_low_nibbles(w[r]);
-        high[r] = b32_high_nibbles(w[r]);
-    }
-    UNROLL for (int t = 0; t < T; t++) {
-        bytes32 even = b32_load(tokens[t].q + chunk * 64), odd = b32_load(tokens[t].q + chunk * 64 + 32);
-        f32x8 act_scale = f8_set1(tokens[t].scale[chunk]);
-        UNROLL for (int r = 0; r < R; r++) {
-            f32x8 dot = dot_nibbles(low[r], high[r], even, odd);
-            acc[t][r] = f8_fma(dot, f8_mul(scale[r], act_scale), acc[t][r]);
-        }
-    }
-}
-
 INLINE void q4_tile(const int R, const int T, const int GROUP, const uint8_t *weight, int64_t row_bytes, int64_t cols,
-                    const row_groups *g, const activation *tokens, f32x8 (*acc)[ROWS]) {
+                    const tile_scales *s, const activation *tokens, f32x8 (*acc)[ROWS]) {
     int64_t chunks = cols / 64;
-    bytes32 w[ROWS];
-    f32x8 scale[ROWS];
+    bytes32 low[ROWS], high[ROWS];
     for (int64_t c = 0; c < chunks; c++) {
         UNROLL for (int r = 0; r < R; r++) {
-            w[r] = b32_load(weight + r * row_bytes + c * 32);
-            scale[r] = chunk_scale(GROUP, g->scale[r], c);
+            const uint8_t *at = weight + r * row_bytes + c * 32;
+            bytes32 w = b32_load(at);
+            prefetch(at + AHEAD_BYTES);
+            low[r] = b32_low_nibbles(w);
+            high[r] = b32_high_nibbles(w);
         }
-        q4_chunk(R, T, w, scale, tokens, c, acc);
+        UNROLL for (int t = 0; t < T; t++) {
+            bytes32 even = b32_load(tokens[t].q + c * 64), odd = b32_load(tokens[t].q + c * 64 + 32);
+            UNROLL for (int r = 0; r < R; r++)
+                acc[t][r] = f8_fma(dot_nibbles(low[r], high[r], even, odd), chunk_scale(GROUP, s->product[t][r], c), acc[t][r]);
+        }
     }
-    if (GROUP == 32 && cols % 64) {
-        UNROLL for (int r = 0; r < R; r++) {
-            w[r] = b32_load_half(weight + r * row_bytes + chunks * 32);
-            scale[r] = last_scale(g->scale[r], chunks);
+    if (GROUP != 32 || cols % 64 == 0) return;
+    for (int r = 0; r < R; r++) { /* half a chunk ends the row; its other half is zero in the activations */
+        bytes32 w = b32_load_half(weight + r * row_bytes + chunks * 32);
+        bytes32 l = b32_low_nibbles(w), h = b32_high_nibbles(w);
+        for (int t = 0; t < T; t++) {
+            bytes32 even = b32_load(tokens[t].q + chunks * 64), odd = b32_load(tokens[t].q + chunks * 64 + 32);
+            f32x8 scale = f8_halves(s->product[t][r][2 * chunks], 0.0f);
+            acc[t][r] = f8_fma(dot_nibbles(l, h, even, odd), scale, acc[t][r]);
         }
-        q4_chunk(R, T, w, scale, tokens, chunks, acc);
     }
 }
 
 INLINE void q8_tile(const int R, const int T, const int GROUP, const uint8_t *weight, int64_t row_bytes, int64_t cols,
-                    const row_groups *g, const activation *tokens, f32x8 (*acc)[ROWS]) {
+                    const tile_scales *s, const activation *tokens, f32x8 (*acc)[ROWS]) {
     int64_t chunks = cols / 64;
     for (int64_t c = 0; c < chunks; c++) {
         UNROLL for (int r = 0; r < R; r++) {
-            bytes32 w0 = b32_to_signed(b32_load(weight + r * row_bytes + c * 64));
-            bytes32 w1 = b32_to_signed(b32_load(weight + r * row_bytes + c * 64 + 32));
+            const uint8_t *at = weight + r * row_bytes + c * 64;
+            bytes32 w0 = b32_to_signed(b32_load(at)), w1 = b32_to_signed(b32_load(at + 32));
+            prefetch(at + AHEAD_BYTES);
             UNROLL for (int t = 0; t < T; t++) {
                 bytes32 a0 = b32_load(tokens[t].q + c * 64), a1 = b32_load(tokens[t].q + c * 64 + 32);
-                f32x8 act_scale = f8_set1(tokens[t].scale[c]);
+                const float *product = s->product[t][r];
                 if (GROUP == 32) {
-                    f32x8 s0 = f8_set1(g->scale[r][2 * c]), s1 = f8_set1(g->scale[r][2 * c + 1]);
-                    acc[t][r] = f8_fma(dot_bytes(w0, a0), f8_mul(s0, act_scale), acc[t][r]);
-                    acc[t][r] = f8_fma(dot_bytes(w1, a1), f8_mul(s1, act_scale), acc[t][r]);
+                    acc[t][r] = f8_fma(dot_bytes(w0, a0), f8_set1(product[2 * c]), acc[t][r]);
+                    acc[t][r] = f8_fma(dot_bytes(w1, a1), f8_set1(product[2 * c + 1]), acc[t][r]);
                 } else {
-                    f32x8 scale = f8_mul(chunk_scale(GROUP, g->scale[r], c), act_scale);
-                    acc[t][r] = f8_fma(dot_bytes2(w0, a0, w1, a1), scale, acc[t][r]);
+                    acc[t][r] = f8_fma(dot_bytes2(w0, a0, w1, a1), f8_set1(product[c]), acc[t][r]);
                 }
             }
         }
     }
-    if (GROUP == 32 && cols % 64) {
-        UNROLL for (int r = 0; r < R; r++) {
-            bytes32 w0 = b32_to_signed(b32_load(weight + r * row_bytes + chunks * 64));
-            UNROLL for (int t = 0; t < T; t++) {
-                f32x8 scale = f8_mul(f8_set1(g->scale[r][2 * chunks]), f8_set1(tokens[t].scale[chunks]));
-                acc[t][r] = f8_fma(dot_bytes(w0, b32_load(tokens[t].q + chunks * 64)), scale, acc[t][r]);
-            }
+    if (GROUP != 32 || cols % 64 == 0) return;
+    for (int r = 0; r < R; r++) {
+        bytes32 w = b32_to_signed(b32_load(weight + r * row_bytes + chunks * 64));
+        for (int t = 0; t < T; t++) {
+            f32x8 dot = dot_bytes(w, b32_load(tokens[t].q + chunks * 64));
+            acc[t][r] = f8_fma(dot, f8_set1(s->product[t][r][2 * chunks]), acc[t][r]);
         }
     }
 }
 
 INLINE void tile(const int FORMAT, const int R, const int T, const int GROUP, const matrix *m, int64_t first,
-                 const activation *tokens, float *out, int64_t out_stride, row_groups *g) {
+                 const activation *tokens, float *out, int64_t out_stride, tile_scales *s) {
     const uint8_t *weight = m->weight + first * m->row_bytes;
     int64_t groups = m->cols / GROUP;
-    f32x8 acc[4][ROWS];
+    f32x8 acc[TOKENS][ROWS];
+    multiply_scales(R, T, GROUP, m->cols, tokens, s);
     UNROLL for (int t = 0; t < T; t++)
-        UNROLL for (int r = 0; r < R; r++) acc[t][r] = bias_products(g->bias[r], tokens[t].sum, groups);
+        UNROLL for (int r = 0; r < R; r++) acc[t][r] = bias_products(s->bias[r], tokens[t].sum, groups);
     if (FORMAT == FORMAT_Q4) {
-        q4_tile(R, T, GROUP, weight, m->row_bytes, m->cols, g, tokens, acc);
+        q4_tile(R, T, GROUP, weight, m->row_bytes, m->cols, s, tokens, acc);
     } else {
-        q8_tile(R, T, GROUP, weight, m->row_bytes, m->cols, g, tokens, acc);
+        q8_tile(R, T, GROUP, weight, m->row_bytes, m->cols, s, tokens, acc);
     }
     UNROLL for (int t = 0; t < T; t++)
         UNROLL for (int r = 0; r < R; r++) out[t * out_stride + r] = f8_sum(acc[t][r]);
@@ -144,41 +158,41 @@ INLINE void tile(const int FORMAT, const int R, const int T, const int GROUP, co
 
 /* R rows by up to four tokens: accumulators stay in registers. */
 INLINE void tokens_tile(const int FORMAT, const int R, const int GROUP, const matrix *m, int64_t first,
-                        const activation *tokens, int64_t n, float *out, int64_t out_stride, row_groups *g) {
+                        const activation *tokens, int64_t n, float *out, int64_t out_stride, tile_scales *s) {
     if (n == 1) {
-        tile(FORMAT, R, 1, GROUP, m, first, tokens, out, out_stride, g);
+        tile(FORMAT, R, 1, GROUP, m, first, tokens, out, out_stride, s);
     } else if (n == 2) {
-        tile(FORMAT, R, 2, GROUP, m, first, tokens, out, out_stride, g);
+        tile(FORMAT, R, 2, GROUP, m, first, tokens, out, out_stride, s);
     } else if (n == 3) {
-        tile(FORMAT, R, 3, GROUP, m, first, tokens, out, out_stride, g);
+        tile(FORMAT, R, 3, GROUP, m, first, tokens, out, out_stride, s);
     } else {
-        tile(FORMAT, R, 4, GROUP, m, first, tokens, out, out_stride, g);
+        tile(FORMAT, R, 4, GROUP, m, first, tokens, out, out_stride, s);
     }
 }
 
 INLINE void all_rows(const int FORMAT, const int GROUP, const matrix *m, int64_t first, int64_t num_rows,
                      const activation *tokens, int64_t num_tokens, float *out, int64_t out_stride) {
-    row_groups g;
+    tile_scales s;
     int64_t groups = m->cols / GROUP;
-    for (int64_t t = 0; t < num_tokens; t += 4) {
-        int64_t n = num_tokens - t < 4 ? num_tokens - t : 4, r = 0;
+    for (int64_t t = 0; t < num_tokens; t += TOKENS) {
+        int64_t n = num_tokens - t < TOKENS ? num_tokens - t : TOKENS, r = 0;
         const activation *a = tokens + t;
         float *o = out + t * out_stride;
         for (; n <= 2 && r + 4 <= num_rows; r += 4) {
-            load_groups(m, first + r, 4, groups, &g);
+            load_groups(m, first + r, 4, groups, &s);
             if (n == 1) {
-                tile(FORMAT, 4, 1, GROUP, m, first + r, a, o + r, out_stride, &g);
+                tile(FORMAT, 4, 1, GROUP, m, first + r, a, o + r, out_stride, &s);
             } else {
-                tile(FORMAT, 4, 2, GROUP, m, first + r, a, o + r, out_stride, &g);
+                tile(FORMAT, 4, 2, GROUP, m, first + r, a, o + r, out_stride, &s);
             }
         }
         for (; r + 2 <= num_rows; r += 2) {
-            load_groups(m, first + r, 2, groups, &g);
-            tokens_tile(FORMAT, 2, GROUP, m, first + r, a, n, o + r, out_stride, &g);
+            load_groups(m, first + r, 2, groups, &s);
+            tokens_tile(FORMAT, 2, GROUP, m, first + r, a, n, o + r, out_stride, &s);
         }
         if (r < num_rows) {
-            load_groups(m, first + r, 1, groups, &g);
-            tokens_tile(FORMAT, 1, GROUP, m, first + r, a, n, o + r, out_stride, &g);
+            load_groups(m, first + r, 1, groups, &s);
+            tokens_tile(FORMAT, 1, GROUP, m, first + r, a, n, o + r, out_stride, &s);
         }
     }
 }
@@ -229,4 +243,6 @@ void ISA(quantise)(const float *x, int64_t cols, int format, int64_t group_size,
             sum[group] = c * 64 % group_size ? sum[group] + part : part;
         }
     }
+    for (int64_t g = cols / group_size; g % 8; g++) sum[g] = 0;
+    for (int64_t c = (cols + 63) / 64; c % 8; c++) scale[c] = 0;
 }

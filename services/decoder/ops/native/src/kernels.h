@@ -26,7 +26,7 @@ typedef struct {
 } matrix;
 
 /* One token's activations: floats, and for integer dot products bytes with a scale for each ACT_GROUP columns and the sum
- * (scale times bytes) of each of the weights' groups. */
+ * (scale times bytes) of each of the weights' groups; scale and sum are zero from their end to a whole vector of eight. */
 typedef struct {
     const float *x;
     const int8_t *q;

@@ -55,6 +55,13 @@ static inline f32x8 f8_of_f16(const uint16_t *p) {
     float16x8_t h = vreinterpretq_f16_u16(vld1q_u16(p));
     return (f32x8){vcvt_f32_f16(vget_low_f16(h)), vcvt_f32_f16(vget_high_f16(h))};
 }
+/* Four, then zeros. */
+static inline f32x8 f8_of_4_bf16(const uint16_t *p) {
+    return (f32x8){vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)), vdupq_n_f32(0)};
+}
+static inline f32x8 f8_of_4_f16(const uint16_t *p) {
+    return (f32x8){vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))), vdupq_n_f32(0)};
+}
 static inline f32x8 f8_of_u16x8(uint16x8_t h) {
     return (f32x8){vcvtq_f32_u32(vmovl_u16(vget_low_u16(h))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(h)))};
 }

@@ -49,6 +49,9 @@ static inline f32x8 f8_exp2_whole(f32x8 n) { F8_LANES(float_of_bits((uint32_t)((
 
 static inline f32x8 f8_of_bf16(const uint16_t *p) { F8_LANES(float_of_bf16(p[i])); }
 static inline f32x8 f8_of_f16(const uint16_t *p) { F8_LANES(float_of_f16(p[i])); }
+/* Four, then zeros. */
+static inline f32x8 f8_of_4_bf16(const uint16_t *p) { F8_LANES(i < 4 ? float_of_bf16(p[i]) : 0.0f); }
+static inline f32x8 f8_of_4_f16(const uint16_t *p) { F8_LANES(i < 4 ? float_of_f16(p[i]) : 0.0f); }
 static inline f32x8 f8_of_u8(const uint8_t *p) { F8_LANES((float)p[i]); }
 static inline f32x8 f8_of_i8(const int8_t *p) { F8_LANES((float)p[i]); }
 /* Eight 4-bit numbers, the low nibble of each byte first. */
