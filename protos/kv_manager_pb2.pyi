@@ -8,6 +8,9 @@ Conventions of this file:
     refused with ABORTED (reason STALE_EPOCH) and a reply of another epoch must be dropped.
   * Calls are batched: one result for each item, in the order of the items. An item fails alone, with a google.rpc.Status that
     holds ErrorInfo (domain "leasehold") and, where they apply, QuotaFailure, RetryInfo and BadRequest.
+  * A worker believes only what it must. From the moment at which it sends a RegisterWorker it drops every reply of its former
+    epoch. It takes from the reply of an Extend only what lies beyond the table it has (a reply may be older than a Seal's).
+    An Acquire or Fork that ended without a table it releases: a late copy of it must lease nothing.
   * Times are durations in milliseconds; no field is a time of day.
 """
 
@@ -222,7 +225,10 @@ class RegisterWorkerRequest(_message.Message):
     kv_capacity_tokens: _builtins.int
     """tokens a sequence; sizes the pool, and bounds a lease"""
     lock_device: _builtins.int
-    """The lock file that the worker holds, <pool-dir>/workers/<worker_id>.lock, from fstat of its own descriptor."""
+    """The lock file that the worker holds, <pool-dir>/workers/<worker_id>.lock, from fstat of its own descriptor. As soon as it has
+    the lock it writes boot_id into the file, as 32 hex digits and nothing else: a late registration of a dead predecessor is
+    told from the holder's by it. (An empty file is accepted.)
+    """
     lock_inode: _builtins.int
     pid: _builtins.int
     """in the worker's own pid namespace, for people to read"""
@@ -232,7 +238,7 @@ class RegisterWorkerRequest(_message.Message):
     """/proc/sys/kernel/random/boot_id"""
     mapped_pool_id: _builtins.bytes
     """Re-claiming, after a manager restart or a revoked session: the pool_id read through the worker's own mapping (empty at
-    first), and every lease it still holds. What it does not list is freed.
+    first), and every lease it still holds, as of a step boundary. What it does not list is freed, duplicates of its Seals too.
     """
     attempt: _builtins.int
     """Grows with every RegisterWorker of this boot_id, retries included, from 1: a late copy of an earlier one is refused with
@@ -460,7 +466,7 @@ class AcquireItem(_message.Message):
     """higher is kept longer"""
     tenant: _builtins.str
     age_ticket: _builtins.int
-    """as issued before; absent: a new arrival"""
+    """As issued before, in a table or in the metadata `age_ticket` of RESOURCE_EXHAUSTED; absent: a new arrival."""
     @_builtins.property
     def prefix_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Content hash of each full block of the prompt, in order, without the block of its last token, which must be computed. The

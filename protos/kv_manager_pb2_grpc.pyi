@@ -8,6 +8,9 @@ Conventions of this file:
     refused with ABORTED (reason STALE_EPOCH) and a reply of another epoch must be dropped.
   * Calls are batched: one result for each item, in the order of the items. An item fails alone, with a google.rpc.Status that
     holds ErrorInfo (domain "leasehold") and, where they apply, QuotaFailure, RetryInfo and BadRequest.
+  * A worker believes only what it must. From the moment at which it sends a RegisterWorker it drops every reply of its former
+    epoch. It takes from the reply of an Extend only what lies beyond the table it has (a reply may be older than a Seal's).
+    An Acquire or Fork that ended without a table it releases: a late copy of it must lease nothing.
   * Times are durations in milliseconds; no field is a time of day.
 """
 

@@ -44,6 +44,12 @@ class PoolLockedError(StartError):
     """Another manager holds this pool directory."""
 
 
+class StoppingError(ManagerError):
+    """The manager ends its streams, because it is about to stop."""
+
+    retry_delay_s = 1.0
+
+
 class InvalidRequestError(ManagerError):
     """A request that no state of the manager could answer."""
 
@@ -188,6 +194,7 @@ class StorageFullError(ManagerError):
 
 
 _EDGE: dict[type[ManagerError], tuple[grpc.StatusCode, str]] = {
+    StoppingError: (grpc.StatusCode.UNAVAILABLE, "STOPPING"),
     InvalidRequestError: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
     StaleEpochError: (grpc.StatusCode.ABORTED, "STALE_EPOCH"),
     StaleCallError: (grpc.StatusCode.ABORTED, "STALE_CALL"),

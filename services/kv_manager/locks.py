@@ -71,6 +71,10 @@ class LockProbe:
         fcntl.flock(self._fd, fcntl.LOCK_UN)
         return False
 
+    def holder(self) -> str:
+        """What the lock's holder has written into the file: its boot_id as hex digits, or nothing."""
+        return os.pread(self._fd, 64, 0).decode("ascii", "replace").strip()
+
     def close(self) -> None:
         """Closes the descriptor; once is enough."""
         if self._fd >= 0:

@@ -184,9 +184,15 @@ class Registrar:
             )
         elif not probe.is_held():
             problem = "is not locked: the worker must hold an exclusive flock on it for its whole life"
-        if problem is None:
+        if problem is None and probe.holder() in ("", worker.boot_id.hex()):
             return probe
         probe.close()
+        if problem is None:
+            # Found by the model check: this manager may not know of the process that the sender was replaced by.
+            raise StaleRegistrationError(
+                f"worker {worker.worker_id}: another boot_id stands in its lock file, so this is a late copy of a dead"
+                " process's registration"
+            )
         raise LockProofError(f"the lock file {probe.path} {problem}", {"lock_path": str(probe.path)})
 
     def _require_successor(self, worker: WorkerRecord, old: Session | None) -> bool:

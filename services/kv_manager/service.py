@@ -49,14 +49,14 @@ class Service:
         self._health: health_aio.HealthServicer | None = None
         self._verifier = Verifier(self.lessor)
         self._wake = asyncio.Event()
+        self._servicer = KVManagerServicer(self.lessor, self._verifier, self._wake.set)
         self._tasks: list[asyncio.Task[None]] = []
         self.address = ""
 
     async def __aenter__(self) -> Service:
         """Starts serving; raises services.serving.AddressError when the address is taken."""
         try:
-            servicer = KVManagerServicer(self.lessor, self._verifier, self._wake.set)
-            pb_grpc.add_KVManagerServicer_to_server(servicer, self._server)
+            pb_grpc.add_KVManagerServicer_to_server(self._servicer, self._server)
             self._health = await serving.add_health_and_reflection(self._server, [SERVICE_NAME])
             if self._config.metrics_listen is not None:
                 await self.metrics.start(self._config.metrics_listen)
@@ -79,6 +79,7 @@ class Service:
         """Stops taking calls, lets those under way end, and closes the files; leases stay as they are in them."""
         if self._health is not None:
             await self._health.enter_graceful_shutdown()
+        self._servicer.stopping.set()
         await self._server.stop(_GRACE_S)
         for task in self._tasks:
             task.cancel()

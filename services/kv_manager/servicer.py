@@ -86,7 +86,9 @@ class KVManagerServicer(pb_grpc.KVManagerServicer):
         self._lessor = lessor
         self._verifier = verifier
         self._wake_ticker = wake_ticker
-        self._keepalives = KeepAliveStreams(lessor, wake_ticker)
+        # Ends the streams that would go on for ever.
+        self.stopping = asyncio.Event()
+        self._keepalives = KeepAliveStreams(lessor, self.stopping, wake_ticker)
 
     @_unary
     async def RegisterWorker(self, request: pb.RegisterWorkerRequest, context: _Context) -> pb.RegisterWorkerResponse:
@@ -274,7 +276,7 @@ class KVManagerServicer(pb_grpc.KVManagerServicer):
     def WatchEvents(
         self, request: pb.WatchEventsRequest, context: _Context
     ) -> AsyncGenerator[pb.WatchEventsResponse, None]:
-        return watch(self._lessor, request.incarnation, request.cursor)
+        return watch(self._lessor, self.stopping, request.incarnation, request.cursor)
 
     @_stream
     async def Scrub(self, request: pb.ScrubRequest, context: _Context) -> AsyncGenerator[pb.ScrubProgress, None]:

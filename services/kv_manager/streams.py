@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from protos import kv_manager_pb2 as pb
 from services.kv_manager import translate
 from services.kv_manager.block_pool import BlockPool
+from services.kv_manager.errors import StoppingError
 from services.kv_manager.events import Event
 from services.kv_manager.lessor import Lessor
 from services.kv_manager.sessions import REVOKED, Session
@@ -18,9 +19,10 @@ _EVENTS_A_MESSAGE = 1024
 class KeepAliveStreams:
     """All open keepalive streams."""
 
-    def __init__(self, lessor: Lessor, wake_ticker: Callable[[], None]) -> None:
+    def __init__(self, lessor: Lessor, stopping: asyncio.Event, wake_ticker: Callable[[], None]) -> None:
         """wake_ticker is called when a stream has ended, so that its worker's lock is looked at soon."""
         self._lessor = lessor
+        self._stopping = stopping
         self._wake_ticker = wake_ticker
         self._revocations: dict[Session, set[asyncio.Event]] = {}
         lessor.waiting.on_revoked = self._tell
@@ -30,14 +32,19 @@ class KeepAliveStreams:
             event.set()
 
     async def serve(self, requests: AsyncIterator[pb.KeepAliveRequest]) -> AsyncGenerator[pb.KeepAliveResponse, None]:
-        """One reply for each request, and one more whenever a lease is revoked in between; raises StaleEpochError."""
+        """One reply for each request, and one more whenever a lease is revoked in between.
+
+        Raises StaleEpochError when the worker has to register, and StoppingError when the manager stops.
+        """
         session: Session | None = None
         revoked = asyncio.Event()
         reader = asyncio.ensure_future(anext(requests, None))
         watcher = asyncio.ensure_future(revoked.wait())
+        stopper = asyncio.ensure_future(self._stopping.wait())
         try:
             while True:
-                await asyncio.wait((reader, watcher), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((reader, watcher, stopper), return_when=asyncio.FIRST_COMPLETED)
+                _require_running(self._stopping)
                 if reader.done():
                     request = reader.result()
                     if request is None:
@@ -52,8 +59,8 @@ class KeepAliveStreams:
                 if session is not None:
                     yield self._reply(session)
         finally:
-            reader.cancel()
-            watcher.cancel()
+            for task in (reader, watcher, stopper):
+                task.cancel()
             self._forget(session, revoked)
             if session is not None:
                 self._lessor.stream_ended(session)
@@ -81,13 +88,25 @@ class KeepAliveStreams:
         )
 
 
-async def watch(lessor: Lessor, incarnation: bytes, cursor: int) -> AsyncGenerator[pb.WatchEventsResponse, None]:
-    """Events from the cursor on, for ever; whenever they are gone from the ring, `cleared` and a snapshot first."""
+def _require_running(stopping: asyncio.Event) -> None:
+    if stopping.is_set():
+        raise StoppingError("the manager is stopping; connect again")
+
+
+async def watch(
+    lessor: Lessor, stopping: asyncio.Event, incarnation: bytes, cursor: int
+) -> AsyncGenerator[pb.WatchEventsResponse, None]:
+    """Events from the cursor on, for ever; whenever they are gone from the ring, `cleared` and a snapshot first.
+
+    Raises StoppingError when the manager stops.
+    """
     ring = lessor.events
     news = asyncio.Event()
     ring.listeners.add(news.set)
+    stopper = asyncio.create_task(_set_with(stopping, news))
     try:
         while True:
+            _require_running(stopping)
             news.clear()
             if not ring.reaches(incarnation, cursor):
                 # Taken in one go, with the cursor that belongs to it; told in slices.
@@ -110,6 +129,12 @@ async def watch(lessor: Lessor, incarnation: bytes, cursor: int) -> AsyncGenerat
                 await news.wait()
     finally:
         ring.listeners.discard(news.set)
+        stopper.cancel()
+
+
+async def _set_with(first: asyncio.Event, second: asyncio.Event) -> None:
+    await first.wait()
+    second.set()
 
 
 def _snapshot(pool: BlockPool | None) -> list[Event]:

@@ -99,6 +99,8 @@ class Worker:
         path = self.pool_dir / "workers" / f"{self.worker_id}.lock"
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(self.fd, 0)
+        os.pwrite(self.fd, self.boot_id.hex().encode(), 0)
         return self
 
     def die(self) -> None:

@@ -238,6 +238,24 @@ def test_a_late_copy_of_a_registration_frees_nothing(make_manager: MakeManager) 
     manager.check()
 
 
+def test_a_late_registration_of_a_dead_process_is_told_by_the_lock_file_even_after_a_restart(
+    make_manager: MakeManager,
+) -> None:
+    manager = make_manager(num_blocks=8)
+    worker = manager.worker()
+    manager.register(worker)
+    late = worker.request()
+    worker.die()
+    for _ in range(2):
+        manager.crash_and_restart()  # the second one has never heard of it
+    session = manager.register(worker.reborn()).session
+    manager.acquire(session, 1, 3)
+    with pytest.raises(StaleRegistrationError, match="lock file"):
+        manager.lessor.register(registration(late))
+    assert manager.lessor.counts()[BlockState.LEASED] == 3
+    manager.check()
+
+
 def test_a_step_beyond_the_hang_limit_revokes_though_the_worker_speaks(make_manager: MakeManager) -> None:
     manager = make_manager(num_blocks=8, ttl_s=10.0, hang_limit_s=60.0)
     session = manager.join()
