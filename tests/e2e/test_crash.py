@@ -7,6 +7,7 @@ import random
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -23,6 +24,7 @@ from tests.e2e.processes import Decoder, Manager, Processes, until
 
 NUM_STREAMS = 16
 NUM_TOKENS = 100
+NUM_BLOCKS = 1024
 BLOCK_SIZE = 16
 CHUNK = 64  # --max-num-batched-tokens
 VOCAB_SIZE = 96
@@ -52,6 +54,17 @@ async def _undisturbed(decoder: Decoder, requests: Sequence[pb.GenerateRequest])
     async with DecoderClient(decoder.address) as client:
         streams = await asyncio.gather(*(follow(client, request, tenant=UNDISTURBED) for request in requests))
     return [stream.token_ids for stream in streams]
+
+
+async def _start_decoder_again(processes: Processes, manager: Manager, model: Path, last: Decoder) -> Decoder:
+    """The same worker at the same address, while the streams of the test go on."""
+    where: dict[str, Any] = {"model": model, "worker_id": last.worker_id, "listen": last.address}
+    return await asyncio.to_thread(lambda: processes.start_decoder(manager, *FLAGS, **where))
+
+
+async def _start_manager_again(processes: Processes, last: Manager) -> Manager:
+    where: dict[str, Any] = {"listen": last.address, "pool_dir": last.pool_dir, "num_blocks": NUM_BLOCKS}
+    return await asyncio.to_thread(lambda: processes.start_manager(**where))
 
 
 def _scrub(manager: Manager) -> kv_manager_pb2.ScrubProgress:
@@ -88,7 +101,7 @@ async def test_a_decoder_killed_again_and_again_changes_no_stream_and_little_is_
     processes: Processes, model: Path, seed: int
 ) -> None:
     rng = random.Random(seed)
-    manager = processes.start_manager(num_blocks=1024)
+    manager = processes.start_manager(num_blocks=NUM_BLOCKS)
     decoder = processes.start_decoder(manager, *FLAGS, model=model, worker_id="one")
     requests = _requests(rng)
     expected = await _undisturbed(decoder, requests)
@@ -98,12 +111,7 @@ async def test_a_decoder_killed_again_and_again_changes_no_stream_and_little_is_
         for moment in sorted(rng.sample(range(NUM_STREAMS * NUM_TOKENS * 3 // 4), 3)):
             await pace.reach(moment)
             await asyncio.to_thread(decoder.kill)
-            listen = decoder.address
-            decoder = await asyncio.to_thread(
-                lambda listen=listen: processes.start_decoder(
-                    manager, *FLAGS, model=model, worker_id="one", listen=listen
-                )
-            )
+            decoder = await _start_decoder_again(processes, manager, model, decoder)
         streams = await asyncio.gather(*running)
     assert [stream.token_ids for stream in streams] == expected
     resumed = [(request, stream) for request, stream in zip(requests, streams, strict=True) if stream.resumed]
@@ -120,7 +128,7 @@ async def test_a_manager_killed_under_load_breaks_no_stream_and_its_sealed_block
     processes: Processes, model: Path
 ) -> None:
     rng = random.Random(5)
-    manager = processes.start_manager(num_blocks=1024)
+    manager = processes.start_manager(num_blocks=NUM_BLOCKS)
     decoder = processes.start_decoder(manager, *FLAGS, model=model)
     requests = _requests(rng)
     late = _requests(rng, 4)
@@ -129,14 +137,11 @@ async def test_a_manager_killed_under_load_breaks_no_stream_and_its_sealed_block
     async with DecoderClient(decoder.address) as client:
         running = [asyncio.create_task(follow(client, request, pace=pace)) for request in requests]
         await pace.reach(NUM_STREAMS * NUM_TOKENS // 3)
-        until_all_started = all(task.done() for task in running)
-        assert not until_all_started
+        assert not any(task.done() for task in running)
         manager.kill()
         await pace.reach(pace.num_tokens + NUM_STREAMS)  # in the blocks that the streams hold
         running += [asyncio.create_task(follow(client, request)) for request in late]
-        again = await asyncio.to_thread(
-            lambda: processes.start_manager(listen=manager.address, pool_dir=manager.pool_dir, num_blocks=1024)
-        )
+        again = await _start_manager_again(processes, manager)
         streams = await asyncio.gather(*running)
         assert [stream.token_ids for stream in streams] == expected
         assert [stream.broken for stream in streams[:NUM_STREAMS]] == [[]] * NUM_STREAMS, "no stream failed"
@@ -152,7 +157,7 @@ async def test_a_manager_killed_under_load_breaks_no_stream_and_its_sealed_block
 
 async def test_both_killed_at_once_change_no_stream_and_lose_no_block(processes: Processes, model: Path) -> None:
     rng = random.Random(6)
-    manager = processes.start_manager(num_blocks=1024)
+    manager = processes.start_manager(num_blocks=NUM_BLOCKS)
     decoder = processes.start_decoder(manager, *FLAGS, model=model, worker_id="one")
     requests = _requests(rng)
     expected = await _undisturbed(decoder, requests)
@@ -164,12 +169,8 @@ async def test_both_killed_at_once_change_no_stream_and_lose_no_block(processes:
         decoder.process.kill()
         manager.kill()
         decoder.kill()
-        again = await asyncio.to_thread(
-            lambda: processes.start_manager(listen=manager.address, pool_dir=manager.pool_dir, num_blocks=1024)
-        )
-        second = await asyncio.to_thread(
-            lambda: processes.start_decoder(again, *FLAGS, model=model, worker_id="one", listen=decoder.address)
-        )
+        again = await _start_manager_again(processes, manager)
+        second = await _start_decoder_again(processes, again, model, decoder)
         streams = await asyncio.gather(*running)
     assert [stream.token_ids for stream in streams] == expected
     again.wait_all_free()
@@ -177,7 +178,7 @@ async def test_both_killed_at_once_change_no_stream_and_lose_no_block(processes:
     assert second.terminate() == 0
     assert again.terminate() == 0
     counts = check_pool_files(manager.pool_dir)
-    assert counts["free"] + counts["cached"] == 1024
+    assert counts["free"] + counts["cached"] == NUM_BLOCKS
 
 
 @pytest.mark.parametrize("ending", [signal.SIGCONT, signal.SIGKILL])
