@@ -101,7 +101,7 @@ def check_metrics_address(address: str) -> str:
 class MetricsEndpoint:
     """GET /metrics over HTTP, served by the event loop: there, and only there, is a service's state at rest.
 
-    An answer takes about a millisecond.
+    An answer takes a few milliseconds.
     """
 
     def __init__(self, collector: Collector) -> None:

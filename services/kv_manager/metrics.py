@@ -66,7 +66,7 @@ class ManagerCollector(Collector):
             family.add_metric([state], float(states[state]))
         yield family
         yield GaugeMetricFamily(
-            _PREFIX + "epoch", "Grows with every registration and start.", value=lessor.manager_epoch
+            _PREFIX + "epoch", "Grows with every start on the same pool.", value=lessor.manager_epoch
         )
         stride = lessor.pool.files.data.header.shape.stride_bytes if lessor.pool is not None else 0
         yield GaugeMetricFamily(

@@ -1,0 +1,55 @@
+"""Both endpoints of real processes, and the log lines of a request."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+
+from clients.metrics import scrape
+from tests.e2e.processes import Processes, Service
+from tests.e2e.streams import long_request, open_stream, receive_rest, stub_of
+
+pytest.importorskip("mlx.core")
+
+ON_A_FREE_PORT = ("--metrics-listen", "127.0.0.1:0")
+
+
+async def figures(service: Service) -> dict[tuple[str, ...], float]:
+    """The service's samples by name and the values of their labels."""
+    [line] = service.events("metrics")
+    return {(name, *labels.values()): value for name, labels, value in await scrape(line["address"])}
+
+
+async def test_a_request_leaves_its_marks_in_both_services(processes: Processes) -> None:
+    manager = processes.start_manager(*ON_A_FREE_PORT)
+    decoder = processes.start_decoder(manager, *ON_A_FREE_PORT)
+    async with stub_of(decoder.address) as stub:
+        received = await receive_rest(*await open_stream(stub, long_request("seen", max_tokens=20)))
+    assert received.code is grpc.StatusCode.OK
+    seen = await figures(decoder)
+    assert seen["leasehold_decoder_ttft_seconds_count",] == 1
+    assert seen["leasehold_decoder_itl_seconds_count",] == 19
+    assert seen["leasehold_decoder_generated_tokens_total",] == 20
+    assert seen["leasehold_decoder_tokens_total", "decode"] == 19
+    assert seen["leasehold_decoder_requests_total", "length"] == 1
+    assert seen["leasehold_decoder_requests_running",] == 0
+    assert seen["leasehold_decoder_can_serve",] == 1
+    assert seen["leasehold_decoder_lease_wait_seconds_count", "acquire"] == 1
+    parts = {key[1] for key in seen if key[0] == "leasehold_decoder_step_part_seconds_count"}
+    assert parts == {"schedule", "fill", "forward", "commit", "tokens", "emit"}
+    manager.wait_all_free()
+    seen = await figures(manager)
+    assert seen["leasehold_kv_manager_leases_acquired_total",] == 1
+    assert seen["leasehold_kv_manager_calls_total", "OK", "Acquire"] == 1
+    assert seen["leasehold_kv_manager_open_streams", "KeepAlive"] == 1
+    [ended] = decoder.events("request ended")
+    assert (ended["request_id"], ended["cache_id"]) == ("seen", 1)
+
+
+def test_a_taken_metrics_address_stops_a_decoder_before_it_loads(processes: Processes) -> None:
+    manager = processes.start_manager(*ON_A_FREE_PORT)
+    [line] = manager.events("metrics")
+    decoder = processes.start_decoder(manager, "--metrics-listen", line["address"], wait=False)
+    assert decoder.wait_exit() == 1
+    assert f"--metrics-listen: cannot listen on {line['address']}: Address already in use" in decoder.log()
+    assert decoder.events("loading the model") == []
