@@ -52,6 +52,10 @@ class KvManagerClient:
         """Grows leases; each item succeeds or fails alone. The time that the manager may wait is added to the deadline."""
         return await self._call(self._stub.Extend(request, timeout=self._deadline_s + request.wait_ms / 1000))
 
+    async def fork(self, request: pb.ForkRequest) -> pb.ForkResponse:
+        """Creates leases that share another's sealed blocks; each item succeeds or fails alone, and at once."""
+        return await self._call(self._stub.Fork(request, timeout=self._deadline_s))
+
     async def release(self, request: pb.ReleaseRequest) -> pb.ReleaseResponse:
         """Gives leases back."""
         return await self._call(self._stub.Release(request, timeout=self._deadline_s))

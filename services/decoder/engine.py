@@ -8,11 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol
 
 import structlog
 
-from services.decoder.batch import Batch
 from services.decoder.block_hash import BlockHasher
 from services.decoder.engine_settings import EngineSettings
 from services.decoder.errors import (
@@ -24,11 +22,10 @@ from services.decoder.errors import (
     NeverFitsError,
     ShuttingDownError,
 )
-from services.decoder.kv_view import KvView
+from services.decoder.kv_view import KvView, copy_tokens
 from services.decoder.leases import (
     BlockSealed,
     ClaimsWanted,
-    KvGeometry,
     LeaseGranted,
     LeaseMessage,
     LeasePort,
@@ -55,40 +52,16 @@ from services.decoder.scheduler import LeaseError, Scheduler
 from services.decoder.sequence import Chunk, Sequence, SequenceState, blocks_for
 from services.decoder.step_buffers import StepBuffers
 from services.decoder.step_meter import StepMeter
+from services.decoder.step_model import LoadedModel, StepModel
 
 __all__ = ["Engine", "EngineSettings", "LoadedModel", "StepModel"]
 
 _log = structlog.get_logger()
 
 
-class StepModel(Protocol):
-    """What the engine needs of a loaded model. Built, and called, on the engine's thread only."""
-
-    def begin(self, batch: Batch, kv: KvView) -> Any:
-        """Takes over a batch, whose arrays stay unchanged until `commit`; answers a step."""
-        ...
-
-    def forward(self, step: Any) -> Sampled:
-        """Computes and samples; only reads the pool."""
-        ...
-
-    def commit(self, step: Any) -> None:
-        """Writes the step's K/V rows into the pool."""
-        ...
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model, and what its K/V is."""
-
-    model: StepModel
-    kv_geometry: KvGeometry
-    numerics_id: str  # of its backend
-
-
 @dataclass(frozen=True)
 class _Submit:
-    request: DecodeRequest
+    requests: tuple[DecodeRequest, ...]
 
 
 @dataclass(frozen=True)
@@ -141,13 +114,27 @@ class Engine:
         self._thread.start()
         self._loaded.result()
 
-    def submit(self, request: DecodeRequest) -> None:
-        """Hands a request over: Admitted, Tokens and one Finished or Failed follow through `emit`.
+    def submit(self, *requests: DecodeRequest) -> None:
+        """Hands samples of one prompt over, all or none: for each, Admitted, Tokens and one Finished or Failed follow through `emit`.
 
-        request_id names one sample: samples of one client request need ids of their own. Raises DuplicateRequestError while a
-        request of that id runs, ShuttingDownError after `stop` was called, InvalidRequestError for an empty prompt and
-        NeverFitsError beyond kv_capacity.
+        The first that runs computes the prompt, and the others take it over; each has a request_id of its own. Raises
+        DuplicateRequestError while a request of one of the ids runs, ShuttingDownError after `stop` was called, InvalidRequestError
+        for an empty prompt and NeverFitsError beyond kv_capacity.
         """
+        for request in requests:
+            self._require_fit(request)
+        with self._lock:
+            if self._stopping:
+                raise ShuttingDownError("the decoder is shutting down")
+            for request in requests:
+                if request.request_id in self._request_ids:
+                    raise DuplicateRequestError(
+                        f"request_id: a request {request.request_id!r} is running; choose another id"
+                    )
+            self._request_ids.update(request.request_id for request in requests)
+            self._inbox.put(_Submit(requests))
+
+    def _require_fit(self, request: DecodeRequest) -> None:
         if not request.prompt_token_ids:
             raise InvalidRequestError("prompt", "it is empty; send at least one token")
         num_tokens = len(request.prompt_token_ids) + request.max_tokens
@@ -156,15 +143,6 @@ class Engine:
                 f"{len(request.prompt_token_ids)} prompt tokens plus max_tokens {request.max_tokens} exceed the "
                 f"{self._settings.kv_capacity} tokens of one request; shorten them or raise --kv-capacity"
             )
-        with self._lock:
-            if self._stopping:
-                raise ShuttingDownError("the decoder is shutting down")
-            if request.request_id in self._request_ids:
-                raise DuplicateRequestError(
-                    f"request_id: a request {request.request_id!r} is running; choose another id"
-                )
-            self._request_ids.add(request.request_id)
-            self._inbox.put(_Submit(request))
 
     def abort(self, request_id: str) -> bool:
         """Cancels a request at the next step boundary (Finished with CANCELLED follows); False: no such request runs."""
@@ -250,8 +228,7 @@ class Engine:
         sampling = iter(range(len(batch.sample_rows)))
         for chunk in chunks:
             samples = chunk.reaches_end
-            chunk.sequence.num_computed += chunk.num_tokens
-            self._scheduler.seal_full(chunk.sequence)
+            self._scheduler.computed(chunk)
             if samples:
                 self._take_token(chunk.sequence, sampled, next(sampling))
         meter.mark("tokens")
@@ -289,8 +266,8 @@ class Engine:
 
     def _dispatch(self, message: _Message) -> None:
         match message:
-            case _Submit(request):
-                self._admit(request)
+            case _Submit(requests):
+                self._admit(requests)
             case _Abort(request_id):
                 sequence = self._sequences.get(request_id)
                 if sequence is not None:
@@ -326,20 +303,21 @@ class Engine:
             )
         self._scheduler.set_pool(pool.block_size, hasher)
 
-    def _admit(self, request: DecodeRequest) -> None:
-        sequence = Sequence(request, self._num_arrived)
-        self._num_arrived += 1
-        self._sequences[request.request_id] = sequence
-        reason = sequence.finish_reason()
-        if reason is not None:  # what was generated before already ends it
-            self._event(sequence, Admitted(0, request.age_ticket))
+    def _admit(self, requests: tuple[DecodeRequest, ...]) -> None:
+        leader: Sequence | None = None
+        for request in requests:
+            sequence = Sequence(request, self._num_arrived, leader)
+            self._num_arrived += 1
+            self._sequences[request.request_id] = sequence
             self._scheduler.add(sequence)
-            self._finish(sequence, reason)
-        elif self._away is not None:
-            self._scheduler.add(sequence)
-            self._fail(sequence, ManagerUnavailableError(self._away))
-        else:
-            self._scheduler.add(sequence)
+            reason = sequence.finish_reason()
+            if reason is not None:  # what was generated before already ends it
+                self._event(sequence, Admitted(0, request.age_ticket))
+                self._finish(sequence, reason)
+            elif self._away is not None:
+                self._fail(sequence, ManagerUnavailableError(self._away))
+            elif leader is None:
+                leader = sequence
 
     def _take_answer(self, answer: LeaseGranted | LeaseRefused) -> None:
         try:
@@ -352,7 +330,19 @@ class Engine:
             return
         if granted is not None and granted[1]:
             sequence = granted[0]
+            self._take_prompt(sequence)
             self._event(sequence, Admitted(sequence.num_computed, sequence.age_ticket, sequence.cache_id))
+
+    def _take_prompt(self, sequence: Sequence) -> None:
+        """Copies what its leader has computed of their prompt, and what their leases do not share: the partial block at its end."""
+        leader, sequence.leader = sequence.leader, None
+        start, end = sequence.num_computed, sequence.num_shareable
+        # A leader that has ended, or starts over, has nothing to copy: the rest of the prompt is computed again.
+        if leader is None or leader.num_computed < end or leader.state is not SequenceState.RUNNING or self._kv is None:
+            return
+        # Between two steps, when nobody writes either block, and the leader's rows are final: whole steps were committed.
+        if start < end and copy_tokens(self._kv, leader.block_ids, sequence.block_ids, start, end):
+            sequence.take_prompt(end)
 
     def _is_drained(self, deadline: float) -> bool:
         """Whether the thread may end; past the deadline the sequences that are left fail."""

@@ -177,6 +177,24 @@ class ContiguousKv:
         return found
 
 
+def copy_tokens(
+    kv: KvView, sources: npt.NDArray[np.int32], targets: npt.NDArray[np.int32], start: int, end: int
+) -> bool:
+    """Copies the K/V of the tokens from start up to end from one block table's blocks to another's.
+
+    False: the host cannot, because the blocks lie elsewhere. Nobody else may write to either's tokens meanwhile.
+    """
+    size = kv.shape.block_size
+    for index in range(start // size, -(-end // size)):
+        tokens = slice(max(start - index * size, 0), min(end - index * size, size))
+        try:
+            source, target = kv.block(int(sources[index])), kv.block(int(targets[index]))
+        except NotImplementedError:
+            return False
+        target[:, :, :, tokens] = source[:, :, :, tokens]
+    return True
+
+
 def _numpy_type(kv_dtype: str) -> np.dtype[Any]:
     if kv_dtype not in NUMPY_TYPES:
         raise ValueError(f"kv dtype {kv_dtype!r} is not one of {', '.join(NUMPY_TYPES)}")

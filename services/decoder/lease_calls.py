@@ -22,6 +22,7 @@ from services.decoder.leases import (
     AcquireAsk,
     BlockSealed,
     ExtendAsk,
+    ForkAsk,
     LeaseGranted,
     LeaseRefused,
     LeaseRevoked,
@@ -41,7 +42,7 @@ PATIENCE_S = 120.0
 _RETRY_S = 0.05
 
 _Head = dict[str, Any]
-_Reply = TypeVar("_Reply", pb.AcquireResponse, pb.ExtendResponse, pb.ReleaseResponse, pb.SealResponse)
+_Reply = TypeVar("_Reply", pb.AcquireResponse, pb.ForkResponse, pb.ExtendResponse, pb.ReleaseResponse, pb.SealResponse)
 _Ask = TypeVar("_Ask", bound=AcquireAsk | ExtendAsk)
 
 
@@ -87,7 +88,7 @@ class LeaseCalls:
         async with asyncio.TaskGroup() as group:
             acquires = _Growth(self, group, self._outbox.acquires, self._outbox.next_acquires, self._acquire)
             extends = _Growth(self, group, self._outbox.extends, self._outbox.next_extends, self._extend)
-            for send in (acquires.send, extends.send, self._send_seals, self._send_releases):
+            for send in (acquires.send, extends.send, self._send_forks, self._send_seals, self._send_releases):
                 wake = asyncio.Event()
                 wake.set()
                 self._wakes.append(wake)
@@ -106,6 +107,28 @@ class LeaseCalls:
             lambda head: self._client.extend(pb.ExtendRequest(**head, items=items, wait_ms=wait_ms))
         )
         return reply.results
+
+    async def _send_forks(self) -> bool:
+        asks = self._outbox.next_forks()
+        if not asks:
+            return False
+        items = [_fork_item(ask) for ask in asks]
+        try:
+            reply = await self._call(lambda head: self._client.fork(pb.ForkRequest(**head, items=items)))
+        except CallError as error:
+            for ask in asks:
+                if self._outbox.forks.pop(ask.cache_id, None) is not None:
+                    self.refuse(ask.cache_id, error)
+            return True
+        for ask, result in zip(asks, reply.results, strict=True):
+            if ask.cache_id not in self._outbox.forks:  # released meanwhile
+                continue
+            if result.WhichOneof("result") == "table" or status_code(result.error) is grpc.StatusCode.ABORTED:
+                self.answer(result)
+            else:  # a parent that is gone, too: its sample asks for blocks of its own
+                self._post(LeaseRefused(ask.cache_id, refusal(result.error)))
+            del self._outbox.forks[ask.cache_id]
+        return True
 
     async def _send_seals(self) -> bool:
         asks = self._outbox.next_seals()
@@ -310,6 +333,15 @@ def _acquire_item(ask: AcquireAsk, age_ticket: int | None) -> pb.AcquireItem:
         tenant=ask.tenant,
         age_ticket=age_ticket,
         prefix_hashes=ask.prefix_hashes,
+    )
+
+
+def _fork_item(ask: ForkAsk) -> pb.ForkItem:
+    return pb.ForkItem(
+        parent_cache_id=ask.parent_cache_id,
+        cache_id=ask.cache_id,
+        num_blocks=ask.num_blocks,
+        max_shared_blocks=ask.max_shared_blocks,
     )
 
 

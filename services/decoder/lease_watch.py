@@ -9,6 +9,7 @@ from collections.abc import Callable
 from services.decoder.leases import (
     AcquireAsk,
     ExtendAsk,
+    ForkAsk,
     KvGeometry,
     LeaseGranted,
     LeaseMessage,
@@ -29,11 +30,11 @@ class LeaseMeter:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._asked: dict[int, tuple[str, float]] = {}  # by cache id, which has one open ask at a time
-        self.waits = {"acquire": Histogram(), "extend": Histogram()}
+        self.waits = {"acquire": Histogram(), "fork": Histogram(), "extend": Histogram()}
         self.num_refused = 0
 
     def ask(self, kind: str, cache_id: int) -> None:
-        """An Acquire or Extend goes out."""
+        """An Acquire, Fork or Extend goes out."""
         self._asked[cache_id] = (kind, self._clock())
 
     def answer(self, cache_id: int, is_granted: bool) -> None:
@@ -76,6 +77,11 @@ class LeaseWatch:
         """See LeasePort."""
         self.meter.ask("acquire", ask.cache_id)
         self._inner.acquire(ask)
+
+    def fork(self, ask: ForkAsk) -> None:
+        """See LeasePort."""
+        self.meter.ask("fork", ask.cache_id)
+        self._inner.fork(ask)
 
     def extend(self, ask: ExtendAsk) -> None:
         """See LeasePort."""

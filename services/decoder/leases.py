@@ -40,6 +40,16 @@ class AcquireAsk:
 
 
 @dataclass(frozen=True)
+class ForkAsk:
+    """A lease that shares what is sealed at the front of another: of its full blocks, max_shared_blocks at most."""
+
+    parent_cache_id: int
+    cache_id: int  # never used before in this process
+    num_blocks: int
+    max_shared_blocks: int
+
+
+@dataclass(frozen=True)
 class ExtendAsk:
     """A lease that is to grow to num_blocks in all. A needed one may make others give way; a prefetch never does."""
 
@@ -94,7 +104,7 @@ class ManagerBack:
 
 @dataclass(frozen=True)
 class LeaseGranted:
-    """The whole table of a lease, after Acquire or Extend."""
+    """The whole table of a lease, after Acquire, Fork or Extend."""
 
     cache_id: int
     block_ids: Sequence[int]
@@ -104,7 +114,7 @@ class LeaseGranted:
 
 @dataclass(frozen=True)
 class LeaseRefused:
-    """An Acquire or Extend that leased nothing; what was held before is still held."""
+    """An Acquire, Fork or Extend that leased nothing; what was held before is still held."""
 
     cache_id: int
     error: DecoderError
@@ -168,6 +178,12 @@ class LeasePort(Protocol):
 
     def acquire(self, ask: AcquireAsk) -> None:
         """Asks for a lease; LeaseGranted or LeaseRefused follows unless it is released before."""
+        ...
+
+    def fork(self, ask: ForkAsk) -> None:
+        """Asks for a lease that shares another's blocks, sealed before it; LeaseGranted or LeaseRefused follows unless it is released
+        before. Never waits for blocks. Only where PoolReady said can_seal.
+        """
         ...
 
     def extend(self, ask: ExtendAsk) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
-from services.decoder.leases import AcquireAsk, ExtendAsk, SealAsk
+from services.decoder.leases import AcquireAsk, ExtendAsk, ForkAsk, SealAsk
 
 # Items in one call. A reply of as many full tables stays far below the message limit.
 MAX_ITEMS = 256
@@ -25,6 +25,7 @@ class ReleaseAsk:
     block_id: int | None = None
 
 
+Ask = AcquireAsk | ForkAsk | ExtendAsk | SealAsk | ReleaseAsk
 SealKey = tuple[int, int]  # cache id, place in the table
 
 
@@ -33,23 +34,25 @@ class Outbox:
 
     The engine's thread only appends to `_arrived`; everything else belongs to the event loop. A Release withdraws the asks for its lease,
     and is sent even when the Acquire was not answered, because it may have been served. It waits for the seals that were asked before it:
-    what is sealed stays cached, and a prefix hit later. An Acquire waits for those seals whose blocks it could hit.
+    what is sealed stays cached, and a prefix hit later. An Acquire waits for those seals whose blocks it could hit, a Fork for those of
+    the blocks that it is to share.
     """
 
     def __init__(self) -> None:
-        self._arrived: deque[AcquireAsk | ExtendAsk | SealAsk | ReleaseAsk] = deque()
+        self._arrived: deque[Ask] = deque()
         self.acquires: dict[int, AcquireAsk] = {}
+        self.forks: dict[int, ForkAsk] = {}
         self.extends: dict[int, ExtendAsk] = {}
         self._seals: dict[SealKey, SealAsk] = {}
         self._num_seals: Counter[int] = Counter()  # open ones of each lease
         self._sealing: dict[bytes, SealKey] = {}  # open ones by content hash
-        self._acquires_after_seals: dict[int, set[SealKey]] = {}
+        self._after_seals: dict[int, set[SealKey]] = {}  # Acquires and Forks by cache id: what they wait for
         self._releases: dict[ReleaseAsk, None] = {}  # a set in the order of arrival
         self._releases_after_seals: dict[int, None] = {}
         self.all_released = asyncio.Event()
         self.all_released.set()
 
-    def put(self, ask: AcquireAsk | ExtendAsk | SealAsk | ReleaseAsk) -> None:
+    def put(self, ask: Ask) -> None:
         """Any thread."""
         self._arrived.append(ask)
 
@@ -60,9 +63,11 @@ class Outbox:
             match ask:
                 case AcquireAsk():
                     self.acquires[ask.cache_id] = ask
-                    hits = {self._sealing[known] for known in ask.prefix_hashes if known in self._sealing}
-                    if hits:
-                        self._acquires_after_seals[ask.cache_id] = hits
+                    self._wait_for({self._sealing[known] for known in ask.prefix_hashes if known in self._sealing}, ask)
+                case ForkAsk():
+                    self.forks[ask.cache_id] = ask
+                    places = ((ask.parent_cache_id, index) for index in range(ask.max_shared_blocks))
+                    self._wait_for({place for place in places if place in self._seals}, ask)
                 case ExtendAsk():
                     self.extends[ask.cache_id] = ask
                 case SealAsk():
@@ -71,7 +76,8 @@ class Outbox:
                     self._sealing[ask.content_hash] = (ask.cache_id, ask.block_index)
                 case ReleaseAsk(cache_id, None):
                     self.acquires.pop(cache_id, None)
-                    self._acquires_after_seals.pop(cache_id, None)
+                    self.forks.pop(cache_id, None)
+                    self._after_seals.pop(cache_id, None)
                     self.extends.pop(cache_id, None)
                     if self._num_seals[cache_id]:
                         self._releases_after_seals[cache_id] = None
@@ -83,7 +89,11 @@ class Outbox:
 
     def next_acquires(self, without: Collection[int]) -> list[AcquireAsk]:
         """The oldest open ones, as many as fit into a call, without some cache ids."""
-        return _first(self.acquires, {*without, *self._acquires_after_seals})
+        return _first(self.acquires, {*without, *self._after_seals})
+
+    def next_forks(self) -> list[ForkAsk]:
+        """The oldest open ones, as many as fit into a call."""
+        return _first(self.forks, self._after_seals)
 
     def next_extends(self, without: Collection[int]) -> list[ExtendAsk]:
         """The oldest open ones, as many as fit into a call, without some cache ids."""
@@ -105,10 +115,10 @@ class Outbox:
                 continue
             if self._sealing.get(ask.content_hash) == key:
                 del self._sealing[ask.content_hash]
-            for cache_id in [cache_id for cache_id, keys in self._acquires_after_seals.items() if key in keys]:
-                self._acquires_after_seals[cache_id].discard(key)
-                if not self._acquires_after_seals[cache_id]:
-                    del self._acquires_after_seals[cache_id]
+            for cache_id in [cache_id for cache_id, keys in self._after_seals.items() if key in keys]:
+                self._after_seals[cache_id].discard(key)
+                if not self._after_seals[cache_id]:
+                    del self._after_seals[cache_id]
             self._num_seals[ask.cache_id] -= 1
             if not self._num_seals[ask.cache_id]:
                 del self._num_seals[ask.cache_id]
@@ -126,6 +136,10 @@ class Outbox:
         for ask in asks:
             self._releases.pop(ask, None)
         self._note()
+
+    def _wait_for(self, seals: set[SealKey], ask: AcquireAsk | ForkAsk) -> None:
+        if seals:
+            self._after_seals[ask.cache_id] = seals
 
     def _note(self) -> None:
         if self._arrived or self._releases or self._releases_after_seals:

@@ -24,6 +24,15 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
 
+# Stands in no client's request id, because those are printable.
+_SAMPLE_SEPARATOR = "\0"
+
+
+def sample_id(request_id: str, sample_index: int) -> str:
+    """The engine's id of one sample of a client's request."""
+    return f"{request_id}{_SAMPLE_SEPARATOR}{sample_index}" if sample_index else request_id
+
+
 @dataclass(frozen=True)
 class DecodeRequest:
     """One sample of one request, with everything resolved and checked against the model's limits."""
@@ -40,6 +49,12 @@ class DecodeRequest:
     priority: int = 0
     tenant: str = ""
     age_ticket: int | None = None
+
+    @property
+    def log_ids(self) -> dict[str, str | int]:
+        """What a log line about it names: the client's own id, and the sample when it is not the first."""
+        request_id = self.request_id.partition(_SAMPLE_SEPARATOR)[0]
+        return {"request_id": request_id, **({"sample_index": self.sample_index} if self.sample_index else {})}
 
 
 class FinishReason(Enum):

@@ -14,6 +14,7 @@ from services.decoder.leases import (
     AcquireAsk,
     BlockSealed,
     ExtendAsk,
+    ForkAsk,
     HeldLease,
     LeaseGranted,
     LeasePort,
@@ -64,7 +65,8 @@ class Scheduler:
         for cache_id in list(self._seated):
             self.preempt(cache_id)
         for sequence in self._waiting:
-            sequence.forget_hashes()
+            for owner in (sequence, *sequence.followers):
+                owner.forget_hashes()
         self._block_size = block_size
         self._hasher = hasher
 
@@ -73,9 +75,10 @@ class Scheduler:
         insort(self._waiting, sequence, key=lambda waiting: waiting.order)
 
     def remove(self, sequence: Sequence) -> None:
-        """Ends a sequence and gives its lease back."""
+        """Ends a sequence and gives its lease back; its followers go on without it."""
         self._give_up_seat(sequence)
         sequence.state = SequenceState.ENDED
+        self._free_followers(sequence)
 
     def preempt(self, cache_id: int) -> None:
         """Gives a revoked lease back and queues its sequence again, with its age; a lease of before is ignored."""
@@ -107,6 +110,7 @@ class Scheduler:
         sequence.take_blocks(answer.block_ids)
         sequence.num_seals_asked = num_cached // self.block_size
         is_first = sequence.start(num_cached, answer.age_ticket)
+        self._note_prompt(sequence)
         if not is_first:
             _log.info("resumed", **sequence.log_ids, num_cached_tokens=num_cached)
         return sequence, is_first
@@ -119,6 +123,12 @@ class Scheduler:
         sequence.num_blocks_asked = 0
         if sequence.state is not SequenceState.RUNNING:
             del self._seated[answer.cache_id]  # nothing was leased, so nothing is to be released
+            if sequence.is_forking:
+                # An Acquire shares the same blocks by their hashes, and can wait for the others.
+                sequence.unseat()
+                sequence.is_fork_refused = True
+                self.add(sequence)
+                return
         elif not sequence.is_growth_needed:
             # A refused prefetch harms nobody: the least that is needed is asked for when it is needed.
             sequence.growth_refused = True
@@ -128,6 +138,13 @@ class Scheduler:
             self.preempt(answer.cache_id)
             return
         raise LeaseError(sequence, answer.error)
+
+    def computed(self, chunk: Chunk) -> None:
+        """The step of a chunk was committed."""
+        sequence = chunk.sequence
+        sequence.num_computed += chunk.num_tokens
+        self.seal_full(sequence)
+        self._note_prompt(sequence)
 
     def seal_full(self, sequence: Sequence) -> None:
         """Asks to seal the blocks that became full; to be called after the step that wrote them was committed."""
@@ -190,12 +207,40 @@ class Scheduler:
     def _seat_waiting(self) -> None:
         while self._waiting and len(self._seated) < self._settings.max_seqs:
             sequence = self._waiting.pop(0)
+            leader = sequence.leader
+            if leader is not None and leader.state is not SequenceState.ENDED and not leader.has_prompt:
+                sequence.state = SequenceState.FOLLOWING
+                leader.followers.append(sequence)
+                continue
             num_blocks = blocks_for(len(sequence.token_ids) + 1, self.block_size)
             if self._settings.reserve_full:
                 num_blocks = blocks_for(self._settings.kv_capacity, self.block_size)
             sequence.take_seat(next(self._cache_ids), num_blocks)
             self._seated[sequence.cache_id] = sequence
-            self._port.acquire(self._acquire_ask(sequence, num_blocks))
+            if leader is not None and self._may_fork(sequence, leader):
+                sequence.is_forking = True
+                shared = sequence.num_shareable // self.block_size
+                self._port.fork(ForkAsk(leader.cache_id, sequence.cache_id, num_blocks, shared))
+            else:
+                self._port.acquire(self._acquire_ask(sequence, num_blocks))
+
+    def _may_fork(self, sequence: Sequence, leader: Sequence) -> bool:
+        """Whether it asks for its leader's blocks. A resumed one does not: its own output may be cached, too."""
+        if self._hasher is None or sequence.is_fork_refused or sequence.num_outputs:
+            return False
+        return leader.state is SequenceState.RUNNING
+
+    def _note_prompt(self, sequence: Sequence) -> None:
+        if sequence.followers and sequence.has_prompt:
+            self._free_followers(sequence)
+
+    def _free_followers(self, leader: Sequence) -> None:
+        followers, leader.followers = leader.followers, []
+        for follower in followers:
+            follower.state = SequenceState.WAITING
+            # Its request is as old as its leader. A ticket that it has already is the same.
+            follower.age_ticket = leader.age_ticket
+            self.add(follower)
 
     def _acquire_ask(self, sequence: Sequence, num_blocks: int) -> AcquireAsk:
         request = sequence.request
@@ -210,7 +255,7 @@ class Scheduler:
             request.tenant,
             sequence.age_ticket,
             prefix_hashes=tuple(prefix),
-            is_patient=sequence.num_cached_tokens is not None or request.age_ticket is not None,
+            is_patient=sequence.is_under_way,
         )
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> None:
@@ -231,7 +276,9 @@ class Scheduler:
         self._port.extend(ExtendAsk(sequence.cache_id, target, sequence.is_growth_needed))
 
     def _give_up_seat(self, sequence: Sequence) -> None:
-        if sequence.state is SequenceState.WAITING:
+        if sequence.state is SequenceState.FOLLOWING and sequence.leader is not None:
+            sequence.leader.followers.remove(sequence)
+        elif sequence.state is SequenceState.WAITING:
             self._waiting.remove(sequence)
         elif self._seated.pop(sequence.cache_id, None) is not None:
             self._port.release(sequence.cache_id)

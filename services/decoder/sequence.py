@@ -28,6 +28,7 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
 class SequenceState(Enum):
     """Where a sequence is between its submission and its end."""
 
+    FOLLOWING = "following"  # waits until another sample of its request has computed the prompt
     WAITING = "waiting"  # for a seat in the batch
     ACQUIRING = "acquiring"  # has a seat, its lease is asked for
     RUNNING = "running"  # holds its lease
@@ -37,9 +38,14 @@ class SequenceState(Enum):
 class Sequence:
     """The state of one request. `num_computed` tokens, from the front, have their K/V in the leased blocks."""
 
-    def __init__(self, request: DecodeRequest, arrival: int) -> None:
+    def __init__(self, request: DecodeRequest, arrival: int, leader: Sequence | None = None) -> None:
+        """`leader` is the sample of the same request that computes the prompt for all."""
         self.request = request
         self.arrival = arrival
+        self.leader = leader  # until it runs
+        self.followers: list[Sequence] = []  # FOLLOWING this one
+        self.is_forking = False  # its lease is asked for as a fork of its leader's
+        self.is_fork_refused = False
         self.age_ticket = request.age_ticket
         self.state = SequenceState.WAITING
         self.token_ids = array("i", request.prompt_token_ids)
@@ -63,7 +69,7 @@ class Sequence:
     @property
     def log_ids(self) -> dict[str, str | int]:
         """What every log line about it names."""
-        return {"request_id": self.request.request_id, "cache_id": self.cache_id}
+        return {**self.request.log_ids, "cache_id": self.cache_id}
 
     @property
     def num_outputs(self) -> int:
@@ -80,6 +86,16 @@ class Sequence:
         """Sorts by falling priority, then by age: a ticket is older than none, because it was issued before."""
         return (-self.request.priority, self.age_ticket is None, self.age_ticket or 0, self.arrival)
 
+    @property
+    def has_prompt(self) -> bool:
+        """Whether the K/V of its whole prompt is in its blocks."""
+        return self.num_computed >= self.num_prompt
+
+    @property
+    def num_shareable(self) -> int:
+        """Tokens at the front that it has in common with its leader, without its last one, which is always computed."""
+        return min(self.num_prompt, len(self.token_ids) - 1)
+
     def take_seat(self, cache_id: int, num_blocks: int) -> None:
         """Its lease, of num_blocks, is being asked for."""
         self.state = SequenceState.ACQUIRING
@@ -91,6 +107,7 @@ class Sequence:
         self.block_ids = np.asarray(block_ids, np.int32)
         self.num_blocks_asked = 0
         self.growth_refused = False
+        self.is_forking = False
 
     def grow(self, block_ids: SequenceOf[int]) -> None:
         """A longer table. What it holds already stays: an answer may be older than a switch to a deduplicated block."""
@@ -127,6 +144,15 @@ class Sequence:
         self.state = SequenceState.RUNNING
         return first
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether its stream has begun somewhere: it waits for blocks rather than fails."""
+        return self.num_cached_tokens is not None or self.request.age_ticket is not None or self.leader is not None
+
+    def take_prompt(self, num_tokens: int) -> None:
+        """The K/V of its first num_tokens has been copied into its blocks, before its first step."""
+        self.num_computed = self.num_cached_tokens = num_tokens
+
     def unseat(self) -> None:
         """It lost or gave up its lease: a later one starts from nothing (S28)."""
         self.state = SequenceState.WAITING
@@ -134,6 +160,7 @@ class Sequence:
         self.block_ids = _NO_BLOCKS
         self.num_blocks_asked = 0
         self.growth_refused = False
+        self.is_forking = False
         self.num_seals_asked = 0
         self.can_seal = True
         self.num_computed = 0

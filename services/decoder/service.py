@@ -145,7 +145,7 @@ class DecoderService:
             def make_kv(geometry: KvGeometry) -> ContiguousKv:
                 return contiguous_kv(geometry, config.max_seqs, kv_capacity)
 
-            return ContiguousLeases(make_kv, config.max_seqs, kv_capacity)
+            return ContiguousLeases(make_kv)
 
         def map_pool(pool: kv_manager_pb2.PoolInfo) -> PagedKv:
             kv = PagedKv(Path(pool.kv_path), kv_dtype)
@@ -197,8 +197,8 @@ class DecoderService:
 
 
 def contiguous_kv(geometry: KvGeometry, max_seqs: int, kv_capacity: int) -> ContiguousKv:
-    """Caches for --no-paged, one for each running request; their memory is taken as it is first written."""
-    kv = ContiguousKv(
+    """Caches for --no-paged, one for each running request; their memory is taken when they are first used."""
+    return ContiguousKv(
         num_layers=geometry.num_layers,
         num_kv_heads=geometry.num_kv_heads,
         head_dim=geometry.head_dim,
@@ -206,9 +206,6 @@ def contiguous_kv(geometry: KvGeometry, max_seqs: int, kv_capacity: int) -> Cont
         kv_capacity=kv_capacity,
         max_seqs=max_seqs,
     )
-    for _ in range(max_seqs):
-        kv.take()
-    return kv
 
 
 def refuse_taken(address: str) -> None:

@@ -23,6 +23,7 @@ from services.decoder.leases import (
     AcquireAsk,
     ClaimsWanted,
     ExtendAsk,
+    ForkAsk,
     HeldLease,
     KvGeometry,
     LeaseRevoked,
@@ -33,7 +34,7 @@ from services.decoder.leases import (
     SealAsk,
 )
 from services.decoder.lock_file import WorkerLock, take_worker_lock
-from services.decoder.outbox import Outbox, ReleaseAsk
+from services.decoder.outbox import Ask, Outbox, ReleaseAsk
 from services.decoder.registration import Registrar, WorkerSettings
 
 __all__ = ["ManagerLeases", "MappedPool", "WorkerSettings"]
@@ -106,6 +107,10 @@ class ManagerLeases:
         """See LeasePort."""
         self._put(ask)
 
+    def fork(self, ask: ForkAsk) -> None:
+        """See LeasePort."""
+        self._put(ask)
+
     def extend(self, ask: ExtendAsk) -> None:
         """See LeasePort."""
         self._put(ask)
@@ -153,7 +158,7 @@ class ManagerLeases:
                 lock.close()
             self._locks.clear()
 
-    def _put(self, ask: AcquireAsk | ExtendAsk | SealAsk | ReleaseAsk) -> None:
+    def _put(self, ask: Ask) -> None:
         self._outbox.put(ask)
         if self._loop is None or self._is_wake_due:
             return

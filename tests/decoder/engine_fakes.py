@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from services.decoder.kv_view import KvView
 from services.decoder.leases import (
     AcquireAsk,
     ExtendAsk,
+    ForkAsk,
     KvGeometry,
     LeaseGranted,
     LeaseMessage,
@@ -155,6 +157,8 @@ class PooledLeases:
         self.can_seal = False
         self.seals: list[SealAsk] = []
         self.acquires: list[AcquireAsk] = []
+        self.forks: list[ForkAsk] = []
+        self._holders: Counter[int] = Counter()  # of each block that is held
         self._next_ticket = 100
 
     def bind(self, geometry: KvGeometry, post: Post, busy_ms: Callable[[], int | None]) -> None:
@@ -174,6 +178,19 @@ class PooledLeases:
         if not self.hold_extends:
             self._grow("extend", ask.cache_id, ask.num_blocks, None)
 
+    def fork(self, ask: ForkAsk) -> None:
+        self.forks.append(ask)
+        self.log.append(("fork", ask.cache_id, ask.num_blocks))
+        sealed = {(seal.cache_id, seal.block_index) for seal in self.seals}
+        shared: list[int] = []
+        for index, block_id in enumerate(self.tables.get(ask.parent_cache_id, [])[: ask.max_shared_blocks]):
+            if (ask.parent_cache_id, index) not in sealed:
+                break
+            shared.append(block_id)
+        self._holders.update(shared)
+        self.tables[ask.cache_id] = shared
+        self._grow("fork", ask.cache_id, ask.num_blocks, self._next_ticket, len(shared))
+
     def seal(self, ask: SealAsk) -> None:
         self.log.append(("seal", ask.cache_id, ask.block_index))
         self.seals.append(ask)
@@ -188,19 +205,28 @@ class PooledLeases:
             if kind == "extend" and cache_id in self.tables and len(self.tables[cache_id]) < num_blocks:
                 self._grow("extend", cache_id, num_blocks, None)
 
-    def _grow(self, kind: str, cache_id: int, num_blocks: int, ticket: int | None) -> None:
+    def _grow(self, kind: str, cache_id: int, num_blocks: int, ticket: int | None, num_shared: int = 0) -> None:
         error = self.refuse(kind, cache_id)
         if error is not None:
+            if kind != "extend":
+                self._drop(cache_id)
             self.post(LeaseRefused(cache_id, error))
             return
         table = self.tables.setdefault(cache_id, [])
         while len(table) < num_blocks:
             table.append(self.free.pop())
-        self.post(LeaseGranted(cache_id, tuple(table), 0, ticket))
+            self._holders[table[-1]] += 1
+        self.post(LeaseGranted(cache_id, tuple(table), num_shared * self.block_size, ticket))
 
     def release(self, cache_id: int) -> None:
         self.log.append(("release", cache_id, 0))
-        self.free.extend(reversed(self.tables.pop(cache_id, [])))
+        self._drop(cache_id)
+
+    def _drop(self, cache_id: int) -> None:
+        for block_id in reversed(self.tables.pop(cache_id, [])):
+            self._holders[block_id] -= 1
+            if not self._holders[block_id]:
+                self.free.append(block_id)
 
     async def open(self) -> None: ...
 

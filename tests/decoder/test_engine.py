@@ -18,12 +18,14 @@ from services.decoder.errors import (
     NeverFitsError,
     ShuttingDownError,
 )
+from services.decoder.kv_view import ContiguousKv
+from services.decoder.leases import KvGeometry
 from services.decoder.request import Admitted, FinishReason, SamplingParams, Token
 from services.decoder.sequence import Sequence
+from services.decoder.service import contiguous_kv
 from tests.decoder.engine_fakes import (
     DEADLINE_S,
     EngineHarness,
-    FakeKv,
     PooledLeases,
     expected_tokens,
     make_request,
@@ -89,7 +91,7 @@ def test_chunks_and_block_sizes_change_no_token(block_size: int, max_num_batched
 
 
 def test_contiguous_caches_give_the_same_tokens_without_a_pool() -> None:
-    leases = ContiguousLeases(lambda geometry: FakeKv(4, 100), max_seqs=4, kv_capacity=100)
+    leases = ContiguousLeases(lambda geometry: contiguous_kv(geometry, 4, 100))
     settings = EngineSettings(max_seqs=4, kv_capacity=100, max_num_batched_tokens=16)
     requests = [make_request(f"r{i}", 5 * i + 1, 16) for i in range(12)]
     with EngineHarness(leases, settings) as harness:
@@ -99,11 +101,16 @@ def test_contiguous_caches_give_the_same_tokens_without_a_pool() -> None:
 
 
 def test_s16_a_freed_contiguous_cache_is_the_next_to_be_used() -> None:
-    leases = ContiguousLeases(lambda geometry: FakeKv(3, 50), max_seqs=3, kv_capacity=50)
-    with EngineHarness(leases, EngineSettings(max_seqs=3, kv_capacity=50)) as harness:
+    caches: list[ContiguousKv] = []
+
+    def make_kv(geometry: KvGeometry) -> ContiguousKv:
+        caches.append(contiguous_kv(geometry, 3, 50))
+        return caches[0]
+
+    with EngineHarness(ContiguousLeases(make_kv), EngineSettings(max_seqs=3, kv_capacity=50)) as harness:
         for name in ("a", "b"):
             harness.run(make_request(name))
-        assert leases._free == [2, 1, 0]
+        assert (caches[0].num_allocated, caches[0].num_free) == (1, 3)
 
 
 def test_a_stop_token_is_delivered_and_ends_the_request(leases: PooledLeases) -> None:

@@ -105,7 +105,7 @@ async def test_the_watch_passes_every_call_on() -> None:
     for name, method in inspect.getmembers(LeasePort, inspect.isfunction):
         if name.startswith("_") or name == "bind":
             continue
-        arguments = [object() for _ in list(inspect.signature(method).parameters)[1:]]
+        arguments = [Mock(cache_id=1) for _ in list(inspect.signature(method).parameters)[1:]]
         replaced = AsyncMock() if inspect.iscoroutinefunction(method) else Mock()
         setattr(inner, name, replaced)
         result = getattr(watch, name)(*arguments)
