@@ -1,9 +1,11 @@
-"""The dashboard and the alerts name metrics that the services have. `promtool` checks the rest: services/monitoring."""
+"""The dashboard and the alerts name metrics that the services have; Prometheus' own checker judges the rest where it is installed."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from typing import Any, cast
 
 import pytest
@@ -116,3 +118,16 @@ def test_grafana_finds_the_dashboard_and_prometheus_where_compose_puts_them() ->
     assert source["url"] == "http://prometheus:9090"
     [variable] = [item for item in DASHBOARD["templating"]["list"] if item["name"] == "datasource"]
     assert variable["query"] == source["type"]
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)")
+@pytest.mark.parametrize(
+    "arguments",
+    [("check", "config", "prometheus.yaml"), ("check", "rules", "alerts.yaml"), ("test", "rules", "alerts_test.yaml")],
+    ids=" ".join,
+)
+def test_promtool_accepts_the_files(arguments: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        ["promtool", *arguments], cwd=MONITORING / "prometheus", capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
