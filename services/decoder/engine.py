@@ -46,6 +46,7 @@ from services.decoder.request import (
     FinishReason,
     Token,
     TokenLogprobs,
+    request_id_of,
 )
 from services.decoder.sampler import Sampled
 from services.decoder.scheduler import LeaseError, Scheduler
@@ -129,7 +130,7 @@ class Engine:
             for request in requests:
                 if request.request_id in self._request_ids:
                     raise DuplicateRequestError(
-                        f"request_id: a request {request.request_id!r} is running; choose another id"
+                        f"request_id: a request {request_id_of(request.request_id)!r} is running; choose another id"
                     )
             self._request_ids.update(request.request_id for request in requests)
             self._inbox.put(_Submit(requests))

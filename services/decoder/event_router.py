@@ -6,37 +6,43 @@ import asyncio
 from collections.abc import Sequence
 
 from services.decoder.errors import DuplicateRequestError
-from services.decoder.request import Event, Failed, Finished
+from services.decoder.request import Event, Failed, Finished, request_id_of
+
+# Events, each with the engine's id of its sample.
+EventQueue = asyncio.Queue[tuple[str, Event]]
 
 
 class EventRouter:
-    """One queue for each request that the engine has. Its methods but `emit` are for the loop's thread only."""
+    """One queue for each client's request that the engine has, however many samples. Its methods but `emit` are the loop's only."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         # None: nobody listens any more, but the engine has not ended the request yet. The id stays taken until then, so that a late
         # event cannot reach another request of the same id.
-        self._queues: dict[str, asyncio.Queue[Event] | None] = {}
+        self._queues: dict[str, EventQueue | None] = {}
 
     def emit(self, events: Sequence[tuple[str, Event]]) -> None:
         """Called by the engine's thread once a step: one wake-up of the loop, however many requests there are."""
         self._loop.call_soon_threadsafe(self._deliver, events)
 
-    def open(self, request_id: str) -> asyncio.Queue[Event]:
-        """The queue of a new request; raises DuplicateRequestError while another one has the id."""
-        if request_id in self._queues:
-            raise DuplicateRequestError(f"request_id: a request {request_id!r} is running; choose another id")
-        queue: asyncio.Queue[Event] = asyncio.Queue()
-        self._queues[request_id] = queue
+    def open(self, sample_ids: Sequence[str]) -> EventQueue:
+        """The queue of a new request's samples; raises DuplicateRequestError while another one has one of the ids."""
+        for sample_id in sample_ids:
+            if sample_id in self._queues:
+                name = request_id_of(sample_id)
+                raise DuplicateRequestError(f"request_id: a request {name!r} is running; choose another id")
+        queue: EventQueue = asyncio.Queue()
+        self._queues.update(dict.fromkeys(sample_ids, queue))
         return queue
 
-    def forget(self, request_id: str) -> None:
+    def forget(self, sample_ids: Sequence[str]) -> None:
         """Takes back an `open` whose request the engine did not take."""
-        del self._queues[request_id]
+        for sample_id in sample_ids:
+            del self._queues[sample_id]
 
     def stop_listening(self, request_id: str) -> bool:
-        """Drops whatever still comes for a request; False when it had ended."""
-        if request_id not in self._queues:
+        """Drops whatever still comes for a sample; False when it had ended, or nobody listened any more."""
+        if self._queues.get(request_id) is None:
             return False
         self._queues[request_id] = None
         return True
@@ -45,14 +51,17 @@ class EventRouter:
         for request_id, event in events:
             queue = self._queues.get(request_id)
             if queue is not None:
-                queue.put_nowait(event)
+                queue.put_nowait((request_id, event))
             if isinstance(event, (Finished, Failed)):
                 self._queues.pop(request_id, None)
 
 
-async def next_events(queue: asyncio.Queue[Event]) -> list[Event]:
-    """Waits for an event, and takes all that are there."""
-    events = [await queue.get()]
+async def next_events(queue: EventQueue) -> dict[str, list[Event]]:
+    """Waits for an event, and takes all that are there, by sample in the order of their first."""
+    events: dict[str, list[Event]] = {}
+    sample_id, event = await queue.get()
+    events[sample_id] = [event]
     while not queue.empty():
-        events.append(queue.get_nowait())
+        sample_id, event = queue.get_nowait()
+        events.setdefault(sample_id, []).append(event)
     return events

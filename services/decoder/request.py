@@ -33,6 +33,11 @@ def sample_id(request_id: str, sample_index: int) -> str:
     return f"{request_id}{_SAMPLE_SEPARATOR}{sample_index}" if sample_index else request_id
 
 
+def request_id_of(sample_id: str) -> str:
+    """The client's own id of the request that a sample belongs to."""
+    return sample_id.partition(_SAMPLE_SEPARATOR)[0]
+
+
 @dataclass(frozen=True)
 class DecodeRequest:
     """One sample of one request, with everything resolved and checked against the model's limits."""
@@ -53,8 +58,10 @@ class DecodeRequest:
     @property
     def log_ids(self) -> dict[str, str | int]:
         """What a log line about it names: the client's own id, and the sample when it is not the first."""
-        request_id = self.request_id.partition(_SAMPLE_SEPARATOR)[0]
-        return {"request_id": request_id, **({"sample_index": self.sample_index} if self.sample_index else {})}
+        return {
+            "request_id": request_id_of(self.request_id),
+            **({"sample_index": self.sample_index} if self.sample_index else {}),
+        }
 
 
 class FinishReason(Enum):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from services.decoder.errors import DecoderError
 from services.decoder.request import Admitted, Event, Token
@@ -36,15 +37,22 @@ class RequestFigures:
         return RequestMeter(self)
 
 
+@dataclass
+class _Pace:
+    """When the tokens of one sample came."""
+
+    first: float
+    last: float
+    num_tokens: int = 1
+
+
 class RequestMeter:
     """One request, from its arrival on. A resumed one counts what it does here, not what another decoder did before."""
 
     def __init__(self, figures: RequestFigures) -> None:
         self._figures = figures
         self._arrived = self._submitted = figures.clock()
-        self._first: float | None = None
-        self._last = 0.0
-        self._num_tokens = 0
+        self._paces: dict[str, _Pace] = {}  # of each sample that has a token
         self._num_prompt_tokens = 0
         self._is_waiting = False
         self._is_running = False
@@ -57,19 +65,21 @@ class RequestMeter:
         self._is_waiting = True
         self._figures.num_waiting += 1
 
-    def take(self, events: Sequence[Event]) -> None:
-        """The engine's events for it have come."""
+    def take(self, events: Mapping[str, Sequence[Event]]) -> None:
+        """The engine's events for its samples have come. The first sample that is admitted counts for all."""
         figures, now = self._figures, self._figures.clock()
-        for event in events:
+        for sample_id, event in ((sample_id, event) for sample_id, came in events.items() for event in came):
             if isinstance(event, Token):
-                if self._first is None:
-                    self._first = now
-                    figures.ttft.observe(now - self._arrived)
+                pace = self._paces.get(sample_id)
+                if pace is None:
+                    if not self._paces:
+                        figures.ttft.observe(now - self._arrived)
+                    self._paces[sample_id] = _Pace(now, now)
                 else:
-                    figures.itl.observe(now - self._last)
-                self._last = now
-                self._num_tokens += 1
-            elif isinstance(event, Admitted):
+                    figures.itl.observe(now - pace.last)
+                    pace.last = now
+                    pace.num_tokens += 1
+            elif isinstance(event, Admitted) and not self._is_running:
                 self.cache_id = event.cache_id
                 self._leave_queue()
                 self._is_running = True
@@ -89,8 +99,9 @@ class RequestMeter:
             figures.errors[error.reason] += 1
         if outcome in ("stop", "length"):
             figures.e2e.observe(figures.clock() - self._arrived)
-            if self._first is not None and self._num_tokens > 1:
-                figures.tpot.observe((self._last - self._first) / (self._num_tokens - 1))
+            for pace in self._paces.values():
+                if pace.num_tokens > 1:
+                    figures.tpot.observe((pace.last - pace.first) / (pace.num_tokens - 1))
 
     def _leave_queue(self) -> None:
         self._figures.num_waiting -= self._is_waiting

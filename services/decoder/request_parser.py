@@ -6,7 +6,7 @@ import math
 import secrets
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from google.protobuf.message import Message
@@ -15,10 +15,11 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from protos import decoder_pb2
 from services.decoder.chat_template import ChatTemplate
 from services.decoder.errors import InvalidRequestError, NeverFitsError, NotServedError
-from services.decoder.request import DecodeRequest, SamplingParams
+from services.decoder.request import DecodeRequest, SamplingParams, sample_id
 from services.decoder.tokenizer import Tokenizer
 
 MAX_LOGPROBS = 20
+MAX_SAMPLES = 16  # of one request
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1024
 MAX_NAME_CHARS = 128  # of request ids and tenants
@@ -36,17 +37,22 @@ class Limits:
     kv_capacity: int  # tokens of one request; the setting itself, never rounded up to whole blocks
     numerics_id: str
     model_stop_token_ids: frozenset[int]
+    max_seqs: int = MAX_SAMPLES  # sequences in a batch
 
 
 @dataclass(frozen=True)
 class ParsedRequest:
     """A checked request, and what the engine does not need of it."""
 
-    decode: DecodeRequest
+    samples: tuple[DecodeRequest, ...]  # in the order of their indices
     stop_strings: tuple[str, ...]
-    resumed: bool
-    delivered_text: str  # of before a resumption
+    delivered_texts: tuple[str, ...]  # of each sample, before a resumption
     exact_resume: bool
+
+    @property
+    def first(self) -> DecodeRequest:
+        """Sample 0, whose engine's id is the request's own."""
+        return self.samples[0]
 
 
 class RequestParser:
@@ -60,24 +66,27 @@ class RequestParser:
     def parse(self, request: decoder_pb2.GenerateRequest, tenant: str) -> ParsedRequest:
         """Raises InvalidRequestError, NotServedError or NeverFitsError."""
         _refuse_what_is_not_served(request)
+        num_samples = self._num_samples(request)
         request_id = _name("request_id", request.request_id) or f"req-{uuid.uuid4().hex}"
         _name(f"metadata {TENANT_METADATA_KEY}", tenant)
         resumed = request.HasField("resume")
-        progress = self._progress(request.resume) if resumed else decoder_pb2.SampleProgress()
+        progress = [decoder_pb2.SampleProgress()] * num_samples
+        if resumed:
+            progress = self._progress(request.resume, num_samples)
         prompt = self._resumed_prompt(request.resume) if resumed else self._prompt(request)
         max_tokens = self._max_tokens(request, len(prompt))
-        outputs = tuple(progress.output_token_ids)
-        if len(outputs) > max_tokens:
-            raise InvalidRequestError(
-                "resume.samples[0].output_token_ids",
-                f"{len(outputs)} tokens are more than max_tokens {max_tokens}; send max_tokens as `started` told it",
-            )
-        decode = DecodeRequest(
+        for index, sample in enumerate(progress):
+            if len(sample.output_token_ids) > max_tokens:
+                raise InvalidRequestError(
+                    f"resume.samples[{index}].output_token_ids",
+                    f"{len(sample.output_token_ids)} tokens are more than max_tokens {max_tokens}; send max_tokens as "
+                    "`started` told it",
+                )
+        first = DecodeRequest(
             request_id=request_id,
             prompt_token_ids=tuple(prompt),
             sampling=self._sampling(request),
             max_tokens=max_tokens,
-            output_token_ids=outputs,
             stop_token_ids=self._stop_token_ids(request.stop),
             min_tokens=_min_tokens(request.stop, max_tokens),
             num_logprobs=_num_logprobs(request),
@@ -87,10 +96,17 @@ class RequestParser:
             age_ticket=(request.resume.age_ticket or None) if resumed else None,
         )
         return ParsedRequest(
-            decode,
+            tuple(
+                replace(
+                    first,
+                    request_id=sample_id(request_id, index),
+                    sample_index=index,
+                    output_token_ids=tuple(sample.output_token_ids),
+                )
+                for index, sample in enumerate(progress)
+            ),
             self._stop_strings(request.stop),
-            resumed,
-            progress.delivered_text,
+            tuple(sample.delivered_text for sample in progress),
             resumed and request.resume.numerics_id == self._limits.numerics_id,
         )
 
@@ -126,14 +142,27 @@ class RequestParser:
                 )
         return self._template.render([{"role": m.role, "content": m.content} for m in chat.messages], "chat")
 
-    def _progress(self, resume: decoder_pb2.Resume) -> decoder_pb2.SampleProgress:
-        if len(resume.samples) != 1:
+    def _num_samples(self, request: decoder_pb2.GenerateRequest) -> int:
+        if not request.HasField("n"):
+            return 1
+        most = min(MAX_SAMPLES, self._limits.max_seqs)
+        if not 1 <= request.n <= most:
             raise InvalidRequestError(
-                "resume.samples", f"has {len(resume.samples)} entries; send exactly one, as n is 1"
+                "n",
+                f"is {request.n}; send 1 to {most} samples (at most {MAX_SAMPLES}, and this decoder's --max-seqs "
+                f"{self._limits.max_seqs})",
             )
-        progress = resume.samples[0]
-        self._checked_ids("resume.samples[0].output_token_ids", progress.output_token_ids)
-        return progress
+        return request.n
+
+    def _progress(self, resume: decoder_pb2.Resume, num_samples: int) -> list[decoder_pb2.SampleProgress]:
+        if len(resume.samples) != num_samples:
+            raise InvalidRequestError(
+                "resume.samples",
+                f"has {len(resume.samples)} entries; send exactly {num_samples}, as n is {num_samples}",
+            )
+        for index, progress in enumerate(resume.samples):
+            self._checked_ids(f"resume.samples[{index}].output_token_ids", progress.output_token_ids)
+        return list(resume.samples)
 
     def _resumed_prompt(self, resume: decoder_pb2.Resume) -> list[int]:
         ids = self._checked_ids("resume.prompt_token_ids", resume.prompt_token_ids)
@@ -230,13 +259,6 @@ class RequestParser:
 def _refuse_what_is_not_served(request: decoder_pb2.GenerateRequest) -> None:
     if request.HasField("structured_output"):
         raise NotServedError("structured_output", "is not served yet; leave it out and check the text yourself")
-    if request.HasField("n"):
-        if request.n == 0:
-            raise InvalidRequestError("n", "is 0; send 1, or leave it out")
-        if request.n > 1:
-            raise NotServedError(
-                "n", f"{request.n} samples are not served yet; send {request.n} requests with seeds of their own"
-            )
     parts: tuple[tuple[str, Message], ...] = (
         ("", request),
         ("sampling.", request.sampling),

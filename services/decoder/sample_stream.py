@@ -1,4 +1,4 @@
-"""One sample's responses, from the engine's events: `started`, deltas, `finished`."""
+"""One sample's responses, from the engine's events: deltas, `finished`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ from collections.abc import Iterator, Sequence
 
 from protos import decoder_pb2
 from services.decoder.errors import DecoderError
-from services.decoder.request import Admitted, Event, Failed, Finished, FinishReason, Token, TokenLogprobs
-from services.decoder.request_parser import ParsedRequest
+from services.decoder.request import (
+    Admitted,
+    DecodeRequest,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    Token,
+    TokenLogprobs,
+)
 from services.decoder.text_stream import TextStream
 from services.decoder.tokenizer import Tokenizer
 
@@ -21,20 +29,20 @@ _REASONS = {
 class SampleStream:
     """Turns events into responses, and ends the sample at a stop string, which the engine knows nothing of."""
 
-    def __init__(self, parsed: ParsedRequest, tokenizer: Tokenizer, numerics_id: str) -> None:
-        """Raises InvalidRequestError when the text delivered before a resumption is not that of its tokens."""
-        self._parsed = parsed
-        self._request = parsed.decode
-        self._numerics_id = numerics_id
-        self._text = TextStream(tokenizer, parsed.stop_strings)
+    def __init__(
+        self, request: DecodeRequest, stop_strings: Sequence[str], delivered_text: str, tokenizer: Tokenizer
+    ) -> None:
+        """Raises InvalidRequestError when delivered_text, of before a resumption, is not that of its tokens."""
+        self._request = request
+        self._text = TextStream(tokenizer, stop_strings)
         outputs = self._request.output_token_ids
         self.num_output_tokens = len(outputs)
         self._num_cached_tokens = 0
         is_stopped = bool(outputs) and outputs[-1] in self._request.stop_token_ids
         self._undelivered = self._text.resume(
             outputs[:-1] if is_stopped else outputs,
-            parsed.delivered_text,
-            "resume.samples[0].delivered_text",
+            delivered_text,
+            f"resume.samples[{request.sample_index}].delivered_text",
             is_whole=is_stopped or len(outputs) >= self._request.max_tokens,
         )
         self.finish_reason: FinishReason | None = None  # set when `finished` is out
@@ -62,7 +70,7 @@ class SampleStream:
                     yield from self._end(delta, FinishReason.STOP)
                     delta = None
             elif isinstance(event, Admitted):
-                yield from self.start(event)
+                self._num_cached_tokens = event.num_cached_tokens
             elif isinstance(event, Finished):
                 self._num_cached_tokens = event.num_cached_tokens
                 yield from self._end(delta, event.reason, event.stop_token_id)
@@ -72,21 +80,8 @@ class SampleStream:
         if delta is not None:
             yield decoder_pb2.GenerateResponse(delta=delta)
 
-    def start(self, admitted: Admitted) -> Iterator[decoder_pb2.GenerateResponse]:
-        """`started`, and what a resuming client lacks of the text; `finished` too when that already ends the sample."""
-        self._num_cached_tokens = admitted.num_cached_tokens
-        yield decoder_pb2.GenerateResponse(
-            started=decoder_pb2.Started(
-                request_id=self._request.request_id,
-                prompt_token_ids=self._request.prompt_token_ids,
-                seed=self._request.sampling.seed,
-                max_tokens=self._request.max_tokens,
-                numerics_id=self._numerics_id,
-                age_ticket=admitted.age_ticket or 0,
-                num_cached_tokens=min(admitted.num_cached_tokens, len(self._request.prompt_token_ids)),
-                exact_resume=self._parsed.exact_resume,
-            )
-        )
+    def catch_up(self) -> Iterator[decoder_pb2.GenerateResponse]:
+        """What a resuming client lacks of the text; `finished` too when that already ends the sample."""
         delta = self._new_delta() if self._undelivered else None
         if delta is not None:
             delta.text, self._undelivered = self._undelivered, ""

@@ -110,6 +110,7 @@ class DecoderService:
             kv_capacity,
             numerics_id=info.numerics_id,
             model_stop_token_ids=frozenset(info.stop_token_ids),
+            max_seqs=config.max_seqs,
         )
         parser = RequestParser(tokenizer, template, limits)
         await self._serve(DecoderServicer(self._engine, router, parser, tokenizer, info, self._figures), self._watch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from typing import NoReturn, Protocol
 
 import grpc
@@ -10,12 +11,12 @@ import structlog
 from grpc_status import rpc_status
 
 from protos import decoder_pb2, decoder_pb2_grpc
-from services.decoder.errors import DecoderError, to_status
+from services.decoder.errors import DecoderError, DuplicateRequestError, to_status
 from services.decoder.event_router import EventRouter, next_events
 from services.decoder.request import Admitted, DecodeRequest
 from services.decoder.request_meter import RequestFigures, RequestMeter
 from services.decoder.request_parser import TENANT_METADATA_KEY, ParsedRequest, RequestParser
-from services.decoder.sample_stream import SampleStream
+from services.decoder.request_stream import RequestStream
 from services.decoder.tokenizer import Tokenizer
 
 _log = structlog.get_logger(__name__)
@@ -27,7 +28,7 @@ _TokenizeContext = grpc.aio.ServicerContext[decoder_pb2.TokenizeRequest, decoder
 class EngineLike(Protocol):
     """What the servicer needs of the engine."""
 
-    def submit(self, request: DecodeRequest) -> None: ...
+    def submit(self, *requests: DecodeRequest) -> None: ...
     def abort(self, request_id: str) -> bool: ...
 
 
@@ -49,6 +50,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
         self._tokenizer = tokenizer
         self._info = info
         self._figures = figures or RequestFigures()
+        self._running: dict[str, list[str]] = {}  # by a client's request id, the engine's ids of its samples
 
     # A coroutine that writes, not a generator: when the client goes away the cancellation is raised in here, wherever it waits.
     async def Generate(self, request: decoder_pb2.GenerateRequest, context: _Context) -> None:  # type: ignore[override]
@@ -81,52 +83,66 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
 
     async def Abort(self, request: decoder_pb2.AbortRequest, context: object) -> decoder_pb2.AbortResponse:
         """Its stream ends with FINISH_REASON_CANCELLED."""
-        return decoder_pb2.AbortResponse(found=self._engine.abort(request.request_id))
+        found = [self._engine.abort(sample_id) for sample_id in self._running.get(request.request_id, ())]
+        return decoder_pb2.AbortResponse(found=any(found))
 
     async def _stream(self, parsed: ParsedRequest, context: _Context, meter: RequestMeter) -> None:
-        request = parsed.decode
-        sample = SampleStream(parsed, self._tokenizer, self._info.numerics_id)
-        if sample.stopped_by_text:  # it broke off between its last token and `finished`
-            for response in sample.start(Admitted(0, request.age_ticket)):
+        first = parsed.first
+        stream = RequestStream(parsed, self._tokenizer, self._info.numerics_id)
+        requests = stream.open_requests
+        if not requests:  # it broke off between its last token and `finished`
+            for response in stream.start(Admitted(0, first.age_ticket)):
                 await context.write(response)
             meter.end("stop")
             return
-        events = self._router.open(request.request_id)
+        if first.request_id in self._running:  # with other samples than its first, perhaps: the router knows those only
+            raise DuplicateRequestError(f"request_id: a request {first.request_id!r} is running; choose another id")
+        sample_ids = [request.request_id for request in requests]
+        events = self._router.open(sample_ids)
         try:
-            self._engine.submit(request)
+            self._engine.submit(*requests)
         except BaseException:
-            self._router.forget(request.request_id)
+            self._router.forget(sample_ids)
             raise
-        meter.submit(len(request.prompt_token_ids) + len(request.output_token_ids))
+        meter.submit(len(first.prompt_token_ids) + len(requests[0].output_token_ids))
+        self._running[first.request_id] = sample_ids
         try:
-            while not sample.ended:
+            while not stream.ended:
                 came = await next_events(events)
                 meter.take(came)
-                for response in sample.take(came):
+                for response in stream.take(came):
                     await context.write(response)
+                self._end_samples(stream.stopped_by_text)
         finally:
-            # The client is gone, its deadline is over, or a stop string ended the text.
-            if self._router.stop_listening(request.request_id):
-                self._engine.abort(request.request_id)
-            outcome = _how_it_ended(sample)
-            meter.end(outcome, sample.error)
+            del self._running[first.request_id]
+            # The client is gone, its deadline is over, or stop strings ended the texts.
+            self._end_samples(sample_ids)
+            outcome = _how_it_ended(stream)
+            meter.end(outcome, stream.error)
             _log.info(
                 "request ended",
-                request_id=request.request_id,
+                request_id=first.request_id,
                 cache_id=meter.cache_id,
                 reason=outcome,
-                num_prompt_tokens=len(request.prompt_token_ids),
-                num_output_tokens=sample.num_output_tokens,
-                **({} if sample.error is None else {"error": str(sample.error)}),
+                num_prompt_tokens=len(first.prompt_token_ids),
+                num_output_tokens=stream.num_output_tokens,
+                **({} if stream.error is None else {"error": str(stream.error)}),
+                **({} if len(sample_ids) == 1 else {"num_samples": len(sample_ids)}),
             )
-        if sample.error is not None:
-            await _abort_call(context, sample.error)
+        if stream.error is not None:
+            await _abort_call(context, stream.error)
+
+    def _end_samples(self, sample_ids: Iterable[str]) -> None:
+        """Has the engine end what it still runs of these; nobody hears of them any more."""
+        for sample_id in sample_ids:
+            if self._router.stop_listening(sample_id):
+                self._engine.abort(sample_id)
 
 
-def _how_it_ended(sample: SampleStream) -> str:
-    if sample.finish_reason is not None:
-        return sample.finish_reason.value
-    return "disconnected" if sample.error is None else "failed"
+def _how_it_ended(stream: RequestStream) -> str:
+    if stream.finish_reason is not None:
+        return stream.finish_reason.value
+    return "disconnected" if stream.error is None else "failed"
 
 
 async def _abort_call(context: _Context | _TokenizeContext, error: DecoderError) -> NoReturn:

@@ -34,11 +34,12 @@ class FakeEngine:
     refusal: DecoderError | None = None
     on_submit: Callable[[DecodeRequest], None] = lambda request: None
 
-    def submit(self, request: DecodeRequest) -> None:
+    def submit(self, *requests: DecodeRequest) -> None:
         if self.refusal is not None:
             raise self.refusal
-        self.submitted.append(request)
-        self.on_submit(request)
+        self.submitted.extend(requests)
+        for request in requests:
+            self.on_submit(request)
 
     def abort(self, request_id: str) -> bool:
         self.aborted.append(request_id)

@@ -44,10 +44,10 @@ def test_latencies_of_a_request(clock: Ticks) -> None:
     meter.submit(20)
     assert (figures.num_waiting, figures.num_running) == (1, 0)
     clock.now = 13.0
-    meter.take([Admitted(16, 5, cache_id=7)])
+    meter.take({"r": [Admitted(16, 5, cache_id=7)]})
     assert (figures.num_waiting, figures.num_running, meter.cache_id) == (0, 1, 7)
     for position, clock.now in enumerate((14.0, 14.5, 16.0)):
-        meter.take([Token(position, 1, None)])
+        meter.take({"r": [Token(position, 1, None)]})
     clock.now = 17.0
     meter.end("length")
     assert (figures.num_waiting, figures.num_running) == (0, 0)
@@ -65,7 +65,7 @@ def test_an_answer_that_is_not_whole_has_no_latency_of_its_whole(clock: Ticks, o
     figures = RequestFigures(clock)
     meter = figures.request()
     meter.submit(1)
-    meter.take([Admitted(0, None), Token(0, 1, None), Token(1, 1, None)])
+    meter.take({"r": [Admitted(0, None), Token(0, 1, None), Token(1, 1, None)]})
     meter.end(outcome, EngineFailedError("x") if outcome == "failed" else None)
     assert (figures.e2e.count, figures.tpot.count, figures.ttft.count) == (0, 0, 1)
     assert figures.num_running == 0

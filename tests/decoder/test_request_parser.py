@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from protos import decoder_pb2 as pb
 from services.decoder.chat_template import ChatTemplate
 from services.decoder.errors import InvalidRequestError, NeverFitsError, NotServedError
+from services.decoder.request import request_id_of
 from services.decoder.request_parser import Limits, ParsedRequest, RequestParser
 from services.decoder.tokenizer import Tokenizer
 from tests.decoder.tokenizers_for_tests import VOCAB_SIZE, byte_level
@@ -40,15 +42,14 @@ def _resume(**fields: Any) -> pb.Resume:
 
 def test_defaults_are_resolved() -> None:
     parsed = _parse()
-    decode = parsed.decode
+    decode = parsed.first
     assert decode.request_id.startswith("req-")
     assert decode.prompt_token_ids == (1, 2, 3)
     assert decode.max_tokens == CAPACITY - 3
     assert (decode.sampling.temperature, decode.sampling.top_p, decode.sampling.repetition_penalty) == (0.0, 1.0, 1.0)
     assert decode.stop_token_ids == {7}
     assert (decode.num_logprobs, decode.priority, decode.age_ticket, decode.min_tokens) == (None, 0, None, 0)
-    assert not parsed.resumed
-    assert _parse().decode.sampling.seed != decode.sampling.seed, "drawn for each request"
+    assert _parse().first.sampling.seed != decode.sampling.seed, "drawn for each request"
 
 
 def test_everything_given_is_taken() -> None:
@@ -59,7 +60,7 @@ def test_everything_given_is_taken() -> None:
     stop = pb.StopConditions(max_tokens=8, strings=["x", "yz"], token_ids=[9], ignore_eos=True, min_tokens=8)
     request = _request(request_id="r1", sampling=sampling, stop=stop, logprobs=0, priority=-3, n=1)
     parsed = PARSER.parse(request, "acme")
-    decode = parsed.decode
+    decode = parsed.first
     assert (decode.request_id, decode.tenant, decode.priority, decode.num_logprobs) == ("r1", "acme", -3, 0)
     assert (decode.max_tokens, decode.min_tokens, decode.stop_token_ids) == (8, 8, {9})
     assert parsed.stop_strings == ("x", "yz")
@@ -70,14 +71,14 @@ def test_everything_given_is_taken() -> None:
 
 
 def test_a_top_k_of_the_whole_vocabulary_is_none() -> None:
-    assert _parse(sampling=pb.SamplingParams(top_k=VOCAB_SIZE)).decode.sampling.top_k == 0
+    assert _parse(sampling=pb.SamplingParams(top_k=VOCAB_SIZE)).first.sampling.top_k == 0
 
 
 def test_prompts_of_each_kind() -> None:
-    assert list(_parse(text="he").decode.prompt_token_ids) == TOKENIZER.encode("he", "", add_special_tokens=True)
+    assert list(_parse(text="he").first.prompt_token_ids) == TOKENIZER.encode("he", "", add_special_tokens=True)
     chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="hi"), pb.ChatMessage(role="assistant")])
     expected = TOKENIZER.encode("user:hi;assistant:;", "", add_special_tokens=False)
-    assert list(_parse(chat=chat).decode.prompt_token_ids) == expected
+    assert list(_parse(chat=chat).first.prompt_token_ids) == expected
     assert PARSER.tokenize(pb.TokenizeRequest(chat=chat)) == expected
 
 
@@ -86,23 +87,48 @@ def test_a_resumed_request_takes_the_place_of_the_prompt() -> None:
     parsed = _parse(
         text="ignored", resume=resume, sampling=pb.SamplingParams(seed=5), stop=pb.StopConditions(max_tokens=3)
     )
-    decode = parsed.decode
+    decode = parsed.first
     assert (decode.prompt_token_ids, decode.output_token_ids) == ((1, 2), (104,))
     assert (decode.sampling.seed, decode.max_tokens, decode.age_ticket) == (11, 20, 4)
-    assert (parsed.resumed, parsed.delivered_text, parsed.exact_resume) == (True, "h", True)
+    assert (parsed.delivered_texts, parsed.exact_resume) == (("h",), True)
+
+
+def test_samples_differ_in_their_index_and_id_alone() -> None:
+    samples = _parse(request_id="r1", n=3).samples
+    assert [sample.sample_index for sample in samples] == [0, 1, 2]
+    assert samples[0].request_id == "r1"
+    assert len({sample.request_id for sample in samples}) == 3
+    assert {request_id_of(sample.request_id) for sample in samples} == {"r1"}
+    assert not any(sample.request_id.isprintable() for sample in samples[1:]), "so that no client's id is one"
+    assert all(replace(sample, request_id="r1", sample_index=0) == samples[0] for sample in samples)
+
+
+def test_no_more_samples_than_the_batch_has_seats() -> None:
+    few = RequestParser(TOKENIZER, TEMPLATE, replace(LIMITS, max_seqs=3))
+    assert len(few.parse(_request(n=3), "").samples) == 3
+    with pytest.raises(InvalidRequestError, match=r"^n: is 4; send 1 to 3 samples .* --max-seqs 3"):
+        few.parse(_request(n=4), "")
+
+
+def test_each_sample_resumes_from_its_own_progress() -> None:
+    progress = [pb.SampleProgress(output_token_ids=[104], delivered_text="h"), pb.SampleProgress()]
+    parsed = _parse(n=2, resume=_resume(samples=progress, age_ticket=4))
+    assert [sample.output_token_ids for sample in parsed.samples] == [(104,), ()]
+    assert parsed.delivered_texts == ("h", "")
+    assert {sample.age_ticket for sample in parsed.samples} == {4}
 
 
 def test_exact_resumption_is_only_told_of_the_same_numerics() -> None:
     assert not _parse(resume=_resume(numerics_id="other")).exact_resume
     assert not _parse(resume=_resume()).exact_resume
-    without = _parse(resume=_resume(age_ticket=0), stop=pb.StopConditions(max_tokens=6)).decode
+    without = _parse(resume=_resume(age_ticket=0), stop=pb.StopConditions(max_tokens=6)).first
     assert (without.age_ticket, without.max_tokens) == (None, 6)
 
 
 def test_row_s19_limits_use_the_capacity_itself_never_whole_blocks() -> None:
     fits = pb.TokenIds(ids=[1] * (CAPACITY - 1))
-    assert _parse(token_ids=fits).decode.max_tokens == 1
-    assert _parse(stop=pb.StopConditions(max_tokens=CAPACITY - 3)).decode.max_tokens == CAPACITY - 3
+    assert _parse(token_ids=fits).first.max_tokens == 1
+    assert _parse(stop=pb.StopConditions(max_tokens=CAPACITY - 3)).first.max_tokens == CAPACITY - 3
     with pytest.raises(
         NeverFitsError, match=rf"stop.max_tokens: 3 prompt tokens and {CAPACITY - 2} more .* at most {CAPACITY - 3}"
     ):
@@ -155,7 +181,8 @@ def test_bad_sampling_is_refused(fields: dict[str, Any], message: str) -> None:
         ({"chat": pb.Chat(messages=[pb.ChatMessage(content="x")])}, r"chat.messages\[0\].role: is empty; send"),
         ({"request_id": "x" * 129}, "request_id: is not at most 128 printable characters; send"),
         ({"request_id": "a\nb"}, "request_id: is not at most"),
-        ({"n": 0}, "n: is 0; send 1"),
+        ({"n": 0}, "n: is 0; send 1 to 16 samples"),
+        ({"n": 17}, "n: is 17; send 1 to 16 samples"),
         ({"logprobs": 21}, "logprobs: 21 alternatives are too many; send at most 20"),
         ({"stop": pb.StopConditions(max_tokens=0)}, "stop.max_tokens: is 0; send at least 1"),
         (
@@ -168,8 +195,16 @@ def test_bad_sampling_is_refused(fields: dict[str, Any], message: str) -> None:
         ({"stop": pb.StopConditions(token_ids=[VOCAB_SIZE])}, r"stop.token_ids\[0\]: "),
         ({"resume": _resume(prompt_token_ids=[])}, "resume.prompt_token_ids: is empty; send the ids"),
         ({"resume": _resume(prompt_token_ids=[600])}, r"resume.prompt_token_ids\[0\]: 600 is not below"),
-        ({"resume": _resume(samples=[])}, "resume.samples: has 0 entries; send exactly one"),
-        ({"resume": _resume(samples=[pb.SampleProgress()] * 2)}, "resume.samples: has 2 entries; send exactly one"),
+        ({"resume": _resume(samples=[])}, "resume.samples: has 0 entries; send exactly 1, as n is 1"),
+        (
+            {"resume": _resume(samples=[pb.SampleProgress()] * 2)},
+            "resume.samples: has 2 entries; send exactly 1, as n is 1",
+        ),
+        ({"n": 3, "resume": _resume()}, "resume.samples: has 1 entries; send exactly 3, as n is 3"),
+        (
+            {"n": 2, "resume": _resume(samples=[pb.SampleProgress(), pb.SampleProgress(output_token_ids=[900])])},
+            r"resume.samples\[1\].output_token_ids\[0\]: 900 is not below",
+        ),
         (
             {"resume": _resume(samples=[pb.SampleProgress(output_token_ids=[1, 900])])},
             r"resume.samples\[0\].output_token_ids\[1\]: 900 is not below",
@@ -201,7 +236,6 @@ def test_a_bad_tenant_is_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"n": 2}, "n: 2 samples are not served yet; send 2 requests"),
         ({"structured_output": pb.StructuredOutput(regex="a+")}, "structured_output: is not served yet; leave it out"),
     ],
 )
@@ -220,7 +254,7 @@ def test_fields_of_a_newer_client_are_refused_not_ignored() -> None:
 
 
 def test_a_bare_checkpoint_serves_token_ids_and_refuses_text_by_name() -> None:
-    assert BARE.parse(_request(), "").decode.prompt_token_ids == (1, 2, 3)
+    assert BARE.parse(_request(), "").first.prompt_token_ids == (1, 2, 3)
     rows: list[tuple[dict[str, Any], str]] = [
         ({"text": "hello"}, "^text: .*send token_ids"),
         (

@@ -323,7 +323,8 @@ async def test_bad_requests_name_their_field_and_the_service_goes_on(harness: Ha
     rows: list[tuple[dict[str, Any], grpc.StatusCode, str]] = [
         ({"token_ids": pb.TokenIds()}, grpc.StatusCode.INVALID_ARGUMENT, "token_ids"),
         ({"sampling": pb.SamplingParams(temperature=-1)}, grpc.StatusCode.INVALID_ARGUMENT, "sampling.temperature"),
-        ({"n": 4}, grpc.StatusCode.UNIMPLEMENTED, "n"),
+        ({"n": 17}, grpc.StatusCode.INVALID_ARGUMENT, "n"),
+        ({"structured_output": pb.StructuredOutput(regex="a")}, grpc.StatusCode.UNIMPLEMENTED, "structured_output"),
     ]
     for fields, code, name in rows:
         got, status = await failure(harness.generate(**fields))
