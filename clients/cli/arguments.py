@@ -44,13 +44,15 @@ examples:
   leasehold generate --prompt 'Repeat: zebra-4821'
   leasehold generate --prompt 'Once upon a time' --raw --temperature 0.8 --top-p 0.95 --max-tokens 50
   leasehold generate --token-ids 1,2,3 --json
+  leasehold generate --prompt 'Once upon a time' --raw --temperature 0.8 --seed 7 --n 4
   leasehold generate --decoder 127.0.0.1:50051 --decoder 127.0.0.1:50052 --prompt Hi
                                                    a decoder that dies is replaced by the other, token-exact
 
 --json prints exactly one object when the request has ended, also when it failed, was cancelled or met its deadline:
 token_ids, text, finish_reason (stop, length, cancelled, deadline or error), num_prompt_tokens, num_cached_tokens,
 seed, ttft_s, e2e_s; and `error` when it failed, `logprobs` when asked for, `num_resumptions` and `exact_resume` when
-the stream went on after a break.
+the stream went on after a break. With --n above 1 these are sample 0's, and `samples` lists all: sample_index, token_ids,
+text and finish_reason of each. Sample 0 is what --n 1 gives for the same seed.
 {_EXIT_CODES}
 """
 
@@ -229,6 +231,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         const=0,
         metavar="N",
         help="report log-probabilities, with N alternatives each (0)",
+    )
+    add(
+        "--n",
+        type=values.whole(1, 1024),
+        default=1,
+        metavar="N",
+        help="samples of the prompt, which is computed once; printed one after another at the end (%(default)s)",
     )
     add("--timeout", type=values.number(0, 1e9, above=True), metavar="S", help="deadline of the whole request")
     add("--json", action="store_true", help="print one JSON object at the end instead of the text")

@@ -1,4 +1,4 @@
-"""`leasehold generate`: one prompt, one answer."""
+"""`leasehold generate`: one prompt, one answer, or several samples of it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RetryNotes:
 
 async def run(args: argparse.Namespace, default_decoder: str) -> int:
     """Streams the answer, prints it or the JSON object, and returns the exit code; a cancellation is passed on."""
-    outcome = Outcome(args.seed if args.seed is not None else draw_seed(), time.monotonic)
+    outcome = Outcome(args.seed if args.seed is not None else draw_seed(), time.monotonic, args.n)
     notes = RetryNotes(args.retry_for)
     cancelled: asyncio.CancelledError | None = None
     try:
@@ -62,7 +62,7 @@ async def run(args: argparse.Namespace, default_decoder: str) -> int:
     _print(args, outcome)
     if cancelled is not None:
         raise cancelled
-    return 0 if outcome.finish_reason in ("stop", "length") else 1
+    return 0 if outcome.is_whole else 1
 
 
 async def _stream(client: DecoderClient, args: argparse.Namespace, outcome: Outcome, notes: RetryNotes) -> None:
@@ -73,7 +73,7 @@ async def _stream(client: DecoderClient, args: argparse.Namespace, outcome: Outc
     async with aclosing(client.generate(request, retry_for_s=args.retry_for, timeout_s=left_s)) as events:
         async for event in events:
             outcome.take(event)
-            if isinstance(event, Tokens) and not args.json:
+            if isinstance(event, Tokens) and not args.json and args.n == 1:
                 sys.stdout.write(printable(event.text))
                 sys.stdout.flush()
             elif isinstance(event, StreamBroken):
@@ -93,10 +93,13 @@ def _print(args: argparse.Namespace, outcome: Outcome) -> None:
     if args.json:
         print(json.dumps(outcome.to_object(with_logprobs=args.logprobs is not None), ensure_ascii=False), flush=True)
         return
-    if outcome.pieces:
-        print(flush=True)
-    if args.logprobs is not None:
-        for position, item in enumerate(outcome.logprobs):
+    for index, sample in enumerate(outcome.samples):
+        if args.n > 1:  # one after another, because their texts grow at the same time
+            print(f"--- sample {index}: {sample.finish_reason}, {len(sample.token_ids)} tokens")
+            print(printable(sample.text), flush=True)
+        elif sample.pieces:
+            print(flush=True)
+        for position, item in enumerate(sample.logprobs):
             top = " ".join(f"{token_id}:{logprob:.4f}" for token_id, logprob in item.top)
             print(f"{position:6d}  {item.token_id:8d}  {item.logprob:9.4f}  {top}", file=sys.stderr)
     if outcome.num_prompt_tokens is not None:

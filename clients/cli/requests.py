@@ -21,6 +21,7 @@ def generate_request(args: argparse.Namespace, seed: int, has_chat_template: boo
         sampling=sampling_params(args, seed),
         stop=pb.StopConditions(max_tokens=args.max_tokens, strings=args.stop, ignore_eos=args.ignore_eos),
         logprobs=args.logprobs,
+        n=args.n,
     )
     if args.token_ids is not None:
         request.token_ids.ids.extend(args.token_ids)

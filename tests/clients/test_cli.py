@@ -90,6 +90,38 @@ async def test_json_is_one_object_with_every_key(serve_decoder: Serve) -> None:
     assert 0 < result["ttft_s"] <= result["e2e_s"]
 
 
+async def test_samples_are_printed_one_after_another(serve_decoder: Serve) -> None:
+    decoder = FakeDecoder(ANSWER, cuts=[7])  # in the midst of the second
+    target = await serve_decoder(decoder)
+    ended = await leasehold("generate", "--decoder", target, "--prompt", "hi", "--n", "3")
+    assert ended.code == 0
+    assert ended.out == "".join(f"--- sample {index}: stop, 4 tokens\nHello, wörld!\n" for index in range(3))
+    assert "3 samples, 12 tokens" in ended.err
+    assert [request.n for request in decoder.requests] == [3, 3]
+
+
+async def test_samples_in_json(serve_decoder: Serve) -> None:
+    target = await serve_decoder(FakeDecoder(ANSWER))
+    ended = await leasehold("generate", "--decoder", target, "--prompt", "hi", "--json", "--n", "2", "--logprobs")
+    result = ended.json
+    assert set(result) == {*KEYS, "logprobs", "samples"}
+    assert [sample["sample_index"] for sample in result["samples"]] == [0, 1]
+    for sample in result["samples"]:
+        assert set(sample) == {"sample_index", "token_ids", "text", "finish_reason", "logprobs"}
+        assert (sample["token_ids"], sample["text"]) == (ANSWER.token_ids, ANSWER.text)
+        assert sample["finish_reason"] == "stop"
+    assert result["token_ids"] == ANSWER.token_ids
+
+
+async def test_a_deadline_between_two_samples_is_told_of_the_one_that_met_it(serve_decoder: Serve) -> None:
+    decoder = FakeDecoder(ANSWER)
+    decoder.hangs_after = 7
+    target = await serve_decoder(decoder)
+    ended = await leasehold("generate", "--decoder", target, "--prompt", "hi", "--json", "--n", "2", "--timeout", "3")
+    assert ended.code == 1
+    assert [sample["finish_reason"] for sample in ended.json["samples"]] == ["stop", "deadline"]
+
+
 async def test_every_flag_reaches_the_request(serve_decoder: Serve) -> None:
     decoder = FakeDecoder(ANSWER)
     flags = "--token-ids 1,2,3 --max-tokens 4 --temperature 0.5 --top-k 6 --top-p 0.9 --min-p 0.1 --seed 8 --stop a --stop b"
