@@ -16,8 +16,8 @@ from grpc_reflection.v1alpha import reflection
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     # Without it a second server shares the port silently.
     ("grpc.so_reuseport", 0),
-    # Clients send keepalive pings every 10 s, also between calls; the default of 5 min answers them with GOAWAY.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    # Clients send keepalive pings every 10 s, also while a stream waits; the default of 5 min answers the third with GOAWAY.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
