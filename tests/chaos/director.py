@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import grpc
+
 from tests.chaos.host import TTL_S, Host, ManagerView
 from tests.chaos.plan import MANAGER, Fault, Kind
 from tests.e2e.followed import Pace
@@ -44,6 +46,10 @@ class Director:
 
     async def _do(self, fault: Fault) -> None:
         name, host = fault.target, self.host
+        if fault.kind in (Kind.FLUSH, Kind.SCRUB):
+            with suppress(grpc.aio.AioRpcError):  # it may be down
+                await (self.manager.flush() if fault.kind is Kind.FLUSH else self.manager.scrub())
+            return
         if fault.kind is Kind.PAUSE:
             host.send(name, signal.SIGSTOP)
             await self._while_it_lasts(fault)

@@ -28,6 +28,8 @@ class Kind(Enum):
     PAUSE = "SIGSTOP for a moment"
     HANG = "SIGSTOP past the TTL, then SIGCONT"
     HANG_KILL = "SIGSTOP past the TTL, then kill -9, and start again"
+    FLUSH = "drop everything that is cached"
+    SCRUB = "verify everything that is sealed"
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ def _stream(rng: random.Random, index: int) -> StreamPlan:
 
 
 def _fault(rng: random.Random, num_tokens: int) -> Fault:
-    target = rng.choice([MANAGER, *DECODERS, *DECODERS])
-    kind = rng.choice([Kind.KILL, Kind.KILL, Kind.TERMINATE, Kind.PAUSE, Kind.HANG, Kind.HANG_KILL])
+    target = rng.choice([MANAGER, MANAGER, *DECODERS, *DECODERS])
+    kinds = [Kind.KILL, Kind.KILL, Kind.TERMINATE, Kind.PAUSE, Kind.HANG, Kind.HANG_KILL]
+    kind = rng.choice([*kinds, Kind.FLUSH, Kind.SCRUB] if target == MANAGER else kinds)
     return Fault(target, kind, int(num_tokens * rng.uniform(0, 0.6)), rng.randint(5, 120), rng.uniform(0.05, 1.5))

@@ -24,6 +24,7 @@ LIMIT_S = 120.0
 RETURN_LIMIT_S = 20.0
 _POLL_S = 0.1
 _MAX_EXHAUSTED = 400
+_TALLIED = ("preempted", "evicted", "hits", "deduplicated", "revoked")
 
 
 class ChaosError(AssertionError):
@@ -41,6 +42,7 @@ class Report:
     num_exhausted: int = 0
     num_cached_tokens: int = 0
     num_quarantined: int = 0  # the most that was seen
+    tally: Counter[str] = field(default_factory=Counter)  # what the manager counted, over all its lives
     faults: list[str] = field(default_factory=list)
     seconds: float = 0.0
     problem: str = ""
@@ -53,7 +55,8 @@ class Report:
         return (
             f"seed {plan.seed}: {what} | {self.seconds:.1f} s, {plan.num_blocks} blocks of {plan.block_size},"
             f" {self.num_streams} streams, broken {self.num_broken}, resumed {self.num_resumed}, exhausted"
-            f" {self.num_exhausted}, cached {self.num_cached_tokens} tokens, quarantined {self.num_quarantined} | {faults}"
+            f" {self.num_exhausted}, cached {self.num_cached_tokens} tokens, quarantined {self.num_quarantined},"
+            f" {', '.join(f'{name} {count}' for name, count in sorted(self.tally.items()))} | {faults}"
         )
 
 
@@ -141,12 +144,18 @@ class Run:
                 raise
 
     async def _watch(self, manager: ManagerView) -> None:
+        last: dict[str, int] = {}
         while True:
             stats = await manager.stats()
             num_done = sum(stream.finished is not None for stream in self.streams.values())
             blocks = "manager silent"
             if stats is not None:
                 self.report.num_quarantined = max(self.report.num_quarantined, stats.quarantined)
+                for name in _TALLIED:
+                    count: int = getattr(stats, f"num_{name}")
+                    # Less than before: another life of the manager.
+                    self.report.tally[name] += count - last.get(name, 0) if count >= last.get(name, 0) else count
+                    last[name] = count
                 blocks = f"{stats.free} free, {stats.cached} cached, {stats.quarantined} quarantined"
             self.on_progress(
                 f"seed {self.host.plan.seed}: {num_done}/{len(self.host.plan.streams)} streams,"
