@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import grpc
 import pytest
@@ -34,7 +35,8 @@ async def test_a_stream_that_waits_for_long_is_not_broken_by_its_clients_pings()
     options = [(name, 10_000 if name == "grpc.keepalive_timeout_ms" else value) for name, value in options]
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
-            call = pb_grpc.DecoderStub(channel).Generate(pb.GenerateRequest(text="wait"))
+            stub: Any = pb_grpc.DecoderStub(channel)
+            call = stub.Generate(pb.GenerateRequest(text="wait"))
             assert (await call.read()).WhichOneof("event") == "started"
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(PINGS * ping_s):
