@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
-from ctypes import POINTER, c_char_p, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 from services.decoder.ops.native.layout import HeadLayer, RecordedOp, Step
@@ -19,6 +19,8 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
     "lh_hidden_rows": (c_int, [c_void_p, c_int64, c_void_p]),
     "lh_head_logits": (c_int, [c_void_p, POINTER(HeadLayer), c_void_p, c_int64, c_void_p]),
     "lh_greedy": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p]),
+    "lh_read": (c_uint64, [c_void_p, c_void_p, c_int64]),
+    "lh_take_routing": (None, [c_void_p, POINTER(c_int64), POINTER(c_int64)]),
     "lh_commit": (None, [c_void_p, POINTER(Step)]),
 }
 

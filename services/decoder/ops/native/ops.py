@@ -221,6 +221,16 @@ class NativeOps:
         self._lib.lh_hidden_rows(self._context, rows.size, rows.ctypes.data)
         return rows
 
+    def take_routing(self) -> tuple[int, int]:
+        """MoE blocks computed since the last call, and the sum of the distinct experts that each read."""
+        blocks, experts = ctypes.c_int64(), ctypes.c_int64()
+        self._lib.lh_take_routing(self._context, blocks, experts)
+        return blocks.value, experts.value
+
+    def read_memory(self, array: npt.NDArray[Any]) -> None:
+        """Reads a contiguous array with the whole team, as the measure of what a kernel could do."""
+        self._lib.lh_read(self._context, array.ctypes.data, array.nbytes)
+
     def commit(self, step: NativeStep) -> None:
         """See `Ops`."""
         self._run(step)

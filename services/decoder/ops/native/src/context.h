@@ -34,6 +34,7 @@ typedef struct {
     int fast; /* quantise activations where the weights are quantised */
     int failed; /* memory ran out in this step */
     const void *angles_of; /* the inverse frequencies whose angles BUFFER_COS_SIN has for this step, or NULL */
+    int64_t routed_blocks, routed_experts; /* counted for benchmarks */
     struct {
         void *memory;
         int64_t bytes;

@@ -40,4 +40,9 @@ EXPORT void lh_greedy(context *c, const float *logits, int64_t num_rows, int64_t
 /* Copies the step's own rows into the blocks. */
 EXPORT void lh_commit(context *c, const step *s);
 
+/* For benchmarks: reads memory with the whole team, and returns what keeps the reads from being optimised away. */
+EXPORT uint64_t lh_read(context *c, const void *memory, int64_t num_bytes);
+/* MoE blocks computed since the last call, and the sum of the distinct experts that each read. */
+EXPORT void lh_take_routing(context *c, int64_t *blocks, int64_t *experts);
+
 #endif

@@ -89,6 +89,8 @@ static routes route(context *c, const moe_layer *l, const float *normed, int64_t
         if (!c->failed) team_for(c->team, num_tokens, route_token, &job);
     }
     if (!c->failed) group_pairs(l, num_tokens, &r);
+    c->routed_blocks += !l->dense;
+    c->routed_experts += l->dense ? 0 : r.num_active;
     return r;
 }
 

@@ -1,0 +1,183 @@
+"""Step times of the engine in one process, over caches of its own: one JSON line a batch size.
+
+    python -m tests.bench.decode_step --model DIR --backend native --batch 1,4,8,16,32 --context 64 --steps 16
+    python -m tests.bench.decode_step --model DIR --backend native --prefill 512
+
+Every decode step is fed random tokens in place of the sampled ones, so that the experts it reads are as many as a real mix of
+streams would read. A step's time is from one step's begin to the next one's: scheduling, sampling and events included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import queue
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from services.decoder.batch import Batch
+from services.decoder.contiguous_leases import ContiguousLeases
+from services.decoder.engine import Engine, EngineSettings, LoadedModel
+from services.decoder.kv_view import ContiguousKv, KvView
+from services.decoder.leases import KvGeometry
+from services.decoder.loader import open_checkpoint
+from services.decoder.model_config import ModelConfig, read_model_config
+from services.decoder.models import load_model
+from services.decoder.ops.base import Ops
+from services.decoder.request import DecodeRequest, Event, Failed, Finished, SamplingParams
+from tests.bench.machine import describe_cpu
+
+WARM_UP_STEPS = 3
+
+
+class RandomTokens:
+    """A model whose decode steps see random tokens; notes when each step began, and how many tokens it had."""
+
+    def __init__(self, model: Any, vocab_size: int) -> None:
+        self.steps: list[tuple[float, int, int]] = []  # began at, tokens, sequences
+        self._model = model
+        self._vocab_size = vocab_size
+        self._rng = np.random.default_rng(1)
+
+    def begin(self, batch: Batch, kv: KvView) -> Any:
+        """See StepModel."""
+        self.steps.append((time.perf_counter(), batch.num_tokens, batch.num_seqs))
+        if batch.num_tokens == batch.num_seqs:
+            batch.token_ids[:] = self._rng.integers(0, self._vocab_size, batch.num_tokens)
+        return self._model.begin(batch, kv)
+
+    def forward(self, step: Any) -> Any:
+        """See StepModel."""
+        return self._model.forward(step)
+
+    def commit(self, step: Any) -> None:
+        """See StepModel."""
+        self._model.commit(step)
+
+
+class Bench:
+    """One loaded model; each run starts an engine of its own on it."""
+
+    def __init__(self, directory: Path, ops: Ops, kv_dtype: str) -> None:
+        checkpoint = open_checkpoint(directory)
+        self.config: ModelConfig = read_model_config(checkpoint)
+        self.ops = ops
+        self._kv_dtype = kv_dtype
+        self._model = load_model(checkpoint, self.config, ops)
+
+    def run(
+        self, prompts: Sequence[Sequence[int]], num_outputs: int, batched_tokens: int
+    ) -> list[tuple[float, int, int]]:
+        """Serves all prompts at once; what each step was, and last the time of the end."""
+        capacity = max(len(prompt) for prompt in prompts) + num_outputs
+        model = RandomTokens(self._model, self.config.vocab_size)
+        config = self.config
+        geometry = KvGeometry(
+            config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self._kv_dtype, bytes(32)
+        )
+        leases = ContiguousLeases(lambda _: self._caches(capacity, len(prompts)))
+        settings = EngineSettings(len(prompts), capacity, max(batched_tokens, len(prompts)))
+        events: queue.SimpleQueue[tuple[str, Event]] = queue.SimpleQueue()
+
+        def emit(batch: Sequence[tuple[str, Event]]) -> None:
+            for event in batch:
+                events.put(event)
+
+        engine = Engine(lambda: LoadedModel(model, geometry, self.ops.numerics_id), leases, settings, emit)
+        engine.start()
+        for index, prompt in enumerate(prompts):
+            engine.submit(DecodeRequest(f"r{index}", prompt, SamplingParams(), num_outputs))
+        running = len(prompts)
+        while running:
+            _, event = events.get()
+            if isinstance(event, Failed):
+                raise RuntimeError(event.error)
+            running -= isinstance(event, Finished)
+        engine.stop(0)
+        return [*model.steps, (time.perf_counter(), 0, 0)]
+
+    def _caches(self, capacity: int, count: int) -> ContiguousKv:
+        config = self.config
+        return ContiguousKv(
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            kv_dtype=self._kv_dtype,
+            kv_capacity=capacity,
+            max_seqs=count,
+        )
+
+    def decode(self, batch: int, context: int, num_steps: int) -> dict[str, Any]:
+        """Median time of the steps in which all sequences decode."""
+        rng = np.random.default_rng(batch)
+        prompts = [rng.integers(0, self.config.vocab_size, context).tolist() for _ in range(batch)]
+        steps = self.run(prompts, num_steps + WARM_UP_STEPS + batch, 512)
+        times = [after[0] - step[0] for step, after in itertools.pairwise(steps) if step[1] == batch == step[2]]
+        median = statistics.median(times[WARM_UP_STEPS : WARM_UP_STEPS + num_steps])
+        result = {"batch": batch, "context": context, "step_ms": round(median * 1e3, 2)}
+        return result | {"tokens_per_s": round(batch / median, 2)} | self._routing()
+
+    def prefill(self, num_tokens: int, batched_tokens: int) -> dict[str, Any]:
+        """One prompt, in chunks of batched_tokens."""
+        prompt = np.random.default_rng(7).integers(0, self.config.vocab_size, num_tokens).tolist()
+        steps = self.run([prompt], 1, batched_tokens)
+        seconds = steps[-1][0] - steps[0][0]
+        return {"prefill": num_tokens, "ms": round(seconds * 1e3, 1), "tokens_per_s": round(num_tokens / seconds, 2)}
+
+    def _routing(self) -> dict[str, float]:
+        take = getattr(self.ops, "take_routing", None)
+        blocks, experts = take() if take else (0, 0)
+        return {"experts_per_layer": round(experts / blocks, 1)} if blocks else {}
+
+
+def make_bench_ops(backend: str, precision: str, threads: int | None, isa: str = "") -> Ops:
+    """A backend by name."""
+    if backend == "native":
+        from services.decoder.ops.native import NativeOps
+
+        return NativeOps(precision, threads, isa)
+    from services.decoder.ops.mlx import MlxOps
+
+    return MlxOps()
+
+
+def results(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One a batch size, or one for the prefill."""
+    ops = make_bench_ops(arguments.backend, arguments.precision, arguments.threads, arguments.isa)
+    bench = Bench(arguments.model, ops, arguments.kv_dtype)
+    same = {"backend": arguments.backend, "numerics_id": ops.numerics_id}
+    if arguments.prefill:
+        yield bench.prefill(arguments.prefill, arguments.prefill_chunk) | same
+        return
+    for batch in (int(size) for size in arguments.batch.split(",")):
+        yield bench.decode(batch, arguments.context, arguments.steps) | same
+
+
+def main() -> None:
+    """Prints the figures on stdout and the machine on stderr."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint directory")
+    parser.add_argument("--backend", choices=["native", "mlx"], default="native")
+    parser.add_argument("--precision", choices=["fast", "exact"], default="fast", help="of the native backend")
+    parser.add_argument("--threads", type=int, help="of the native backend (default: the cores available)")
+    parser.add_argument("--isa", default="", help="a set of native kernels, such as avx2 (default: the best)")
+    parser.add_argument("--kv-dtype", choices=["bf16", "f16", "f32"], default="bf16")
+    parser.add_argument("--batch", default="1", help="batch sizes, such as 1,4,8")
+    parser.add_argument("--context", type=int, default=64, help="tokens of each sequence before the first timed step")
+    parser.add_argument("--steps", type=int, default=16, help="timed steps of each batch size")
+    parser.add_argument("--prefill", type=int, default=0, metavar="N", help="time one prompt of N tokens instead")
+    parser.add_argument("--prefill-chunk", type=int, default=512, help="tokens of a prefill step")
+    print(json.dumps(describe_cpu()), file=sys.stderr)
+    for result in results(parser.parse_args()):
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
