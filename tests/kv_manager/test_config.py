@@ -22,6 +22,19 @@ def test_sizes_are_read_with_their_units(text: str, num_bytes: int) -> None:
     assert parse_args(["--pool-dir", "/p", "--pool-bytes", text]).pool_bytes == num_bytes
 
 
+def test_quotas_name_a_tenant_or_all_others() -> None:
+    config = parse_args(
+        ["--pool-dir", "/p", "--tenant-quota", "a=b=7", "--tenant-quota", "*=3", "--tenant-quota", "=9"]
+    )
+    assert [config.quota_of(tenant) for tenant in ("a=b", "anyone", "")] == [7, 3, 9]
+    assert parse_args(["--pool-dir", "/p"]).quota_of("anyone") is None
+
+
+def test_the_background_scrub_is_off_unless_it_has_a_rate() -> None:
+    assert parse_args(["--pool-dir", "/p"]).scrub_bytes_per_s == 0
+    assert parse_args(["--pool-dir", "/p", "--scrub-rate", "64MiB"]).scrub_bytes_per_s == 64 << 20
+
+
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "2XB", "1e9", "2 iB", "0x10"])
 def test_what_is_not_a_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not a size"):
@@ -45,6 +58,10 @@ def test_what_is_not_a_size_is_refused(text: str) -> None:
         (["--pool-dir", "/p", "--listen", "nowhere"], "--listen"),
         (["--pool-dir", "/p", "--log-level", "loud"], "--log-level"),
         (["--pool-dir", "/p", "--pool", "4"], "--pool"),
+        (["--pool-dir", "/p", "--tenant-quota", "alice"], "--tenant-quota"),
+        (["--pool-dir", "/p", "--tenant-quota", "alice=0"], "--tenant-quota"),
+        (["--pool-dir", "/p", "--preempt-timeout", "0"], "--preempt-timeout"),
+        (["--pool-dir", "/p", "--scrub-rate", "fast"], "--scrub-rate"),
     ],
 )
 def test_a_bad_flag_is_refused_by_name_with_status_2(

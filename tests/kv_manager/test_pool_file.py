@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import shutil
 import stat
 import struct
 from collections.abc import Callable, Iterator
@@ -14,10 +15,10 @@ import pytest
 
 from protos.pool_format import DataHeader
 from services.kv_manager.block_pool import BlockState
-from services.kv_manager.errors import PoolFileError, PoolMismatchError, PoolSizeError, StorageFullError
+from services.kv_manager.errors import LockProofError, PoolFileError, PoolMismatchError, PoolSizeError, StorageFullError
 from services.kv_manager.pool_file import find_pool
 from services.kv_manager.translate import registration
-from tests.kv_manager.helpers import Manager, geometry
+from tests.kv_manager.helpers import Manager, chain_of, geometry
 
 MakeManager = Callable[..., Manager]
 
@@ -213,6 +214,42 @@ def test_a_full_file_system_is_an_error_of_acquire_and_never_a_sigbus(
     manager.check()
     manager.release(session, 0)
     assert len(manager.acquire(session, 1000, 1).blocks) == 1
+    manager.check()
+
+
+def test_on_a_full_file_system_cached_blocks_give_way_because_they_have_their_room(
+    small_tmpfs: Path, make_manager: MakeManager
+) -> None:
+    assert small_tmpfs.is_dir()
+    manager = make_manager(num_blocks=300)
+    session = manager.join(kv_capacity_tokens=16 * 300)
+    manager.acquire(session, 1, 4)
+    manager.seal_all(session, 1, chain_of("a", 4))
+    manager.release(session, 1)
+
+    def fill() -> None:
+        for cache_id in range(2, 400):
+            manager.acquire(session, cache_id, 1)
+
+    with pytest.raises(StorageFullError):
+        fill()
+    counts = manager.lessor.counts()
+    assert counts[BlockState.CACHED] == 0
+    assert counts[BlockState.LEASED] == len(session.leases)
+    manager.check()
+
+
+def test_a_pool_dir_that_is_deleted_under_a_manager_is_a_clear_error_and_leases_go_on(
+    make_manager: MakeManager,
+) -> None:
+    manager = make_manager(num_blocks=8)
+    session = manager.join()
+    manager.acquire(session, 1, 2)
+    second = manager.worker("w2")
+    shutil.rmtree(manager.pool_dir)
+    with pytest.raises(LockProofError, match="cannot open the lock file"):
+        manager.register(second)
+    assert manager.lessor.book.extend(session, 1, 4).blocks == [0, 1, 2, 3]
     manager.check()
 
 
