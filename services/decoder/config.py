@@ -59,6 +59,7 @@ class DecoderConfig:
     kv_dtype: str | None  # None: the checkpoint's
     paged: bool
     reserve_full: bool
+    shares_prefixes_between_tenants: bool
     worker_id: str
     log_level: str
     threads: int | None  # None: the backend decides
@@ -96,6 +97,7 @@ def parse_args(argv: Sequence[str]) -> DecoderConfig:
         kv_dtype=args.kv_dtype,
         paged=args.paged,
         reserve_full=args.reserve == "full",
+        shares_prefixes_between_tenants=args.share_prefixes_between_tenants,
         worker_id=_worker_id(args.worker_id, listen),
         log_level=args.log_level,
         threads=args.threads,
@@ -291,6 +293,13 @@ def _add_leases(parser: argparse.ArgumentParser) -> None:
         choices=("grow", "full"),
         default="grow",
         help="lease blocks as a request grows, or all of --kv-capacity at once (%(default)s)",
+    )
+    add(
+        "--share-prefixes-between-tenants",
+        action="store_true",
+        help="let a tenant's prompts hit cached blocks of another's. A tenant is what a request's leasehold-tenant metadata "
+        "names; without this flag each finds only its own blocks. With it a common prefix is computed once for all, and a "
+        "tenant can tell by num_cached_tokens, or by the time to its first token, that another has sent a prefix before",
     )
     add("--worker-id", metavar="NAME", help="this decoder's name at the manager (host name and listen address)")
 

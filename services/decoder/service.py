@@ -91,6 +91,7 @@ class DecoderService:
             kv_capacity=kv_capacity,
             max_num_batched_tokens=config.max_num_batched_tokens,
             reserve_full=config.reserve_full,
+            shares_prefixes_between_tenants=config.shares_prefixes_between_tenants,
         )
         built: list[tuple[LoadedModel, Ops]] = []
 

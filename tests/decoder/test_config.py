@@ -26,6 +26,7 @@ def test_the_defaults_are_those_of_the_design(model_dir: Path) -> None:
     assert (parsed.backend, parsed.kv_dtype, parsed.kv_capacity) == ("auto", None, None)
     assert parsed.paged, "row S7: paged unless told otherwise"
     assert not parsed.reserve_full, "row S21: on demand"
+    assert not parsed.shares_prefixes_between_tenants
 
 
 def test_row_s7_no_paged_switches_it_off(model_dir: Path) -> None:
