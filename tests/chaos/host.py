@@ -13,7 +13,7 @@ import grpc
 
 from protos import kv_manager_pb2 as pb
 from protos import kv_manager_pb2_grpc
-from tests.chaos.plan import DECODERS, MANAGER, Plan
+from tests.chaos.plan import DECODERS, MANAGER, MAX_PROMPT, MAX_TOKENS, Plan
 from tests.e2e.processes import Processes, Service
 
 TTL_S = 1.0
@@ -81,6 +81,7 @@ class Host:
             self.address(MANAGER),
             *("--max-seqs", str(plan.max_seqs), "--max-num-batched-tokens", str(plan.max_num_batched_tokens)),
             *("--kv-dtype", KV_DTYPE, "--grace", "0.5"),
+            *("--kv-capacity", str(MAX_PROMPT + MAX_TOKENS), "--reserve", "full" if plan.reserve_full else "grow"),
             model=self.serving.model,
             backend=self.serving.backend,
             listen=self.address(name),

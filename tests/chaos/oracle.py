@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clients.decoder import DecoderClient
+from clients.events import FinishReason
 from tests.chaos.host import KV_DTYPE, Serving
 from tests.chaos.plan import VOCAB_SIZE, requests
 from tests.decoder.tiny_models import TinyConfig, write_tiny_checkpoint
@@ -20,6 +21,8 @@ class Expected:
 
     token_ids: list[int]
     text: str
+    reason: FinishReason
+    stop_string: str
 
 
 def write_model(directory: Path) -> Path:
@@ -37,4 +40,9 @@ async def undisturbed(directory: Path, serving: Serving) -> list[Expected]:
         )
         async with DecoderClient(decoder.address) as client:
             streams: list[Followed] = await asyncio.gather(*(follow(client, request) for request in requests()))
-    return [Expected(stream.token_ids, stream.text) for stream in streams]
+    return [_expected(stream) for stream in streams]
+
+
+def _expected(stream: Followed) -> Expected:
+    assert stream.finished is not None
+    return Expected(stream.token_ids, stream.text, stream.finished.reason, stream.finished.stop_string)

@@ -66,6 +66,7 @@ class Plan:
     num_blocks: int
     max_seqs: int
     max_num_batched_tokens: int
+    reserve_full: bool
     streams: tuple[StreamPlan, ...]
     faults: tuple[Fault, ...]
 
@@ -90,11 +91,11 @@ def _request(rng: random.Random, prefix: list[int]) -> pb.GenerateRequest:
         sampling.top_p = rng.choice([1.0, 0.9])
         sampling.presence_penalty = rng.choice([0.0, 0.5])
         sampling.repetition_penalty = rng.choice([1.0, 1.1])
-    return pb.GenerateRequest(
-        token_ids=pb.TokenIds(ids=prompt),
-        sampling=sampling,
-        stop=pb.StopConditions(max_tokens=rng.randint(15, MAX_TOKENS), ignore_eos=True),
-    )
+    stop = pb.StopConditions(max_tokens=rng.randint(15, MAX_TOKENS), ignore_eos=True)
+    if rng.random() < 0.3:  # what may come at any moment, or never
+        stop.strings.extend(["e", "th", "\N{REPLACEMENT CHARACTER}" * 4])
+        stop.token_ids.extend(_tokens(rng, 3))
+    return pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=sampling, stop=stop)
 
 
 def make_plan(seed: int) -> Plan:
@@ -113,6 +114,7 @@ def make_plan(seed: int) -> Plan:
         num_blocks=int(most * rng.choice([1.2, 2, 4, 20])) + 1,
         max_seqs=max_seqs,
         max_num_batched_tokens=rng.choice([max_seqs, 32, 200]),
+        reserve_full=rng.random() < 0.2,
         streams=streams,
         faults=tuple(_fault(rng, num_tokens) for _ in range(rng.randint(3, 7))),
     )

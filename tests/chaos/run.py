@@ -12,7 +12,6 @@ from pathlib import Path
 
 from clients.decoder import DecoderClient
 from clients.errors import CallError, DeadlineError, ExhaustedError
-from clients.events import FinishReason
 from tests.chaos.director import Director
 from tests.chaos.host import Host, ManagerView, Serving
 from tests.chaos.oracle import Expected
@@ -218,8 +217,9 @@ class Run:
             self.report.num_cached_tokens += stream.finished.num_cached_tokens
             if (stream.token_ids, stream.text) != (expected.token_ids, expected.text):
                 raise ChaosError(f"{where} is not whole")
-            if stream.finished.reason is not FinishReason.LENGTH:
-                raise ChaosError(f"{where} ended with {stream.finished.reason}")
+            ended = (stream.finished.reason, stream.finished.stop_string)
+            if ended != (expected.reason, expected.stop_string):
+                raise ChaosError(f"{where} ended with {ended}, not {expected.reason, expected.stop_string}")
 
     async def _stop_all(self) -> None:
         for name in (*DECODERS, MANAGER):
