@@ -381,7 +381,7 @@ class GenerateRequest(_message.Message):
     priority: _builtins.int
     """higher is kept longer when the pool is full; absent: 0"""
     n: _builtins.int
-    """samples; absent: 1"""
+    """samples, each what it is alone; at most 16 and the decoder's max_seqs; absent: 1"""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds: ...
     @_builtins.property

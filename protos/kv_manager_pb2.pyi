@@ -1262,7 +1262,9 @@ class Session(_message.Message):
     worker_id: _builtins.str
     epoch: _builtins.int
     state: _builtins.str
-    """"live", "revoked" (silent or hung: quarantined until proof), "absent" (not back since a restart)"""
+    """"live", "revoked" (silent or hung: quarantined until proof), "absent" (not back since a restart), or "orphaned" (its lock
+    file was deleted and another process has its name: quarantined until the host reboots; worker_id says "name?slot" then).
+    """
     num_leases: _builtins.int
     num_blocks: _builtins.int
     silent_ms: _builtins.int

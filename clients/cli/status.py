@@ -95,6 +95,7 @@ def to_text(stats: pb.StatsResponse, listing: pb.ListLeasesResponse, pool: pb.De
             for s in listing.sessions
         ]
         parts.append(table(("session", "epoch", "state", "leases", "blocks", "silent ms", "step ms", "pid"), sessions))
+    parts += [_orphan_note(session) for session in listing.sessions if session.state == "orphaned"]
     if listing.leases:
         leases = [
             [lease.worker_id, lease.cache_id, len(lease.block_ids), lease.priority, lease.tenant, _blocks(lease)]
@@ -115,6 +116,13 @@ def _percent(share: float | None) -> str:
 
 def _busy(session: pb.Session) -> str:
     return str(session.busy_ms) if session.HasField("busy_ms") else "idle"
+
+
+def _orphan_note(session: pb.Session) -> str:
+    return (
+        f"{session.worker_id}: the worker's lock file was deleted, so nothing proves that its process (pid {session.pid}) has "
+        f"ended; its {session.num_blocks} blocks stay quarantined until the host reboots. Never delete lock files."
+    )
 
 
 def _blocks(lease: pb.Lease) -> str:

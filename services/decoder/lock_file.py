@@ -42,12 +42,15 @@ def _leads_to(path: Path, device: int, inode: int) -> bool:
     return (stat.st_dev, stat.st_ino) == (device, inode)
 
 
-async def take_worker_lock(pool_dir: Path, worker_id: str) -> WorkerLock:
-    """Locks `<pool_dir>/workers/<worker_id>.lock`, made if missing; raises ConfigError when it cannot within LOCK_WAIT_S."""
+async def take_worker_lock(pool_dir: Path, worker_id: str, boot_id: bytes = b"") -> WorkerLock:
+    """Locks `<pool_dir>/workers/<worker_id>.lock`, made if missing; raises ConfigError when it cannot within LOCK_WAIT_S.
+
+    The file holds boot_id from then on: a late copy of a dead predecessor's registration is told by it.
+    """
     path = pool_dir / WORKERS_DIR / f"{worker_id}.lock"
     deadline = time.monotonic() + LOCK_WAIT_S
     while True:
-        lock = _try_lock(path)
+        lock = _try_lock(path, boot_id)
         if lock is not None:
             return lock
         # The manager's probes hold it for microseconds, and a predecessor that is being killed for a little longer.
@@ -59,7 +62,7 @@ async def take_worker_lock(pool_dir: Path, worker_id: str) -> WorkerLock:
         await asyncio.sleep(_RETRY_S)
 
 
-def _try_lock(path: Path) -> WorkerLock | None:
+def _try_lock(path: Path, boot_id: bytes) -> WorkerLock | None:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
@@ -70,6 +73,8 @@ def _try_lock(path: Path) -> WorkerLock | None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         lock = WorkerLock(path, fd)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, boot_id.hex().encode(), 0)
     except BlockingIOError:
         os.close(fd)
         return None

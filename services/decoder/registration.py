@@ -29,7 +29,7 @@ class Registrar:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
-        self._boot_id = secrets.token_bytes(16)
+        self.boot_id = secrets.token_bytes(16)
         self._attempt = 0
 
     def next_request(
@@ -39,7 +39,7 @@ class Registrar:
         self._attempt += 1
         return pb.RegisterWorkerRequest(
             worker_id=self._settings.worker_id,
-            boot_id=self._boot_id,
+            boot_id=self.boot_id,
             attempt=self._attempt,
             geometry=geometry_message(geometry),
             max_seqs=self._settings.max_seqs,

@@ -264,7 +264,7 @@ class ManagerLeases:
             if lock.path.is_relative_to(pool_dir) and lock.is_in_place():
                 return lock
         # Another directory, or a deleted file. Earlier locks stay: they guard blocks that a step may be touching.
-        lock = await take_worker_lock(pool_dir, self._settings.worker_id)
+        lock = await take_worker_lock(pool_dir, self._settings.worker_id, self._registrar.boot_id)
         self._locks.append(lock)
         return lock
 

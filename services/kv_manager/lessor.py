@@ -14,7 +14,7 @@ from services.kv_manager.errors import SessionRevokedError, StaleEpochError
 from services.kv_manager.leasebook import Counters, LeaseBook
 from services.kv_manager.pool_check import check_pool, check_references
 from services.kv_manager.registrar import Registered, Registrar, Registration
-from services.kv_manager.sessions import ABSENT, LIVE, REVOKED, Clock, Lease, Session
+from services.kv_manager.sessions import LIVE, REVOKED, Clock, Lease, Session
 from services.kv_manager.waiting import WaitQueue
 
 
@@ -71,7 +71,7 @@ class Lessor:
 
     def _require_session(self, worker_id: str, epoch: int) -> Session:
         session = self._sessions.get(worker_id)
-        if session is not None and session.epoch == epoch and session.state != ABSENT:
+        if session is not None and session.epoch == epoch and session.state in (LIVE, REVOKED):
             return session
         raise StaleEpochError(
             f"worker {worker_id} has no session of epoch {epoch}: it must register, claiming what it still holds",

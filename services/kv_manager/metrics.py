@@ -12,7 +12,7 @@ from protos import kv_manager_pb2 as pb
 from services.kv_manager import translate
 from services.kv_manager.call_meter import CallMeter
 from services.kv_manager.lessor import Lessor
-from services.kv_manager.sessions import ABSENT, LIVE, REVOKED
+from services.kv_manager.sessions import ABSENT, LIVE, ORPHANED, REVOKED
 from services.metrics import histogram_family
 
 _PREFIX = "leasehold_kv_manager_"
@@ -62,7 +62,7 @@ class ManagerCollector(Collector):
         lessor = self._lessor
         family = GaugeMetricFamily(_PREFIX + "sessions", "Sessions of workers, by state.", labels=["state"])
         states = Counter(session.state for session in lessor.sessions())
-        for state in (LIVE, REVOKED, ABSENT):
+        for state in (LIVE, REVOKED, ABSENT, ORPHANED):
             family.add_metric([state], float(states[state]))
         yield family
         yield GaugeMetricFamily(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 from pathlib import Path
 
 import structlog
@@ -26,7 +27,7 @@ from services.kv_manager.locks import LockProbe
 from services.kv_manager.meta_format import NUM_SLOTS, WorkerRecord
 from services.kv_manager.pool_file import PoolFiles, create_pool, find_pool
 from services.kv_manager.recovery import Recovered
-from services.kv_manager.sessions import ABSENT, LIVE, REVOKED, Clock, Lease, Session
+from services.kv_manager.sessions import ABSENT, LIVE, ORPHANED, REVOKED, Clock, Lease, Session
 
 _log = structlog.get_logger("kv_manager.registrar")
 _MAX_RETIRED = 4096
@@ -62,6 +63,15 @@ class Registered:
     lost_cache_ids: list[int]
 
 
+class _Before(Enum):
+    """What a registration shows of the process that had the worker's session before."""
+
+    NOBODY = auto()
+    ITSELF = auto()
+    DEAD = auto()
+    UNKNOWN = auto()  # and never to be known: there is nothing to look at
+
+
 class Registrar:
     """The pool and the sessions on it. Single-threaded, like all of the manager's state."""
 
@@ -75,7 +85,7 @@ class Registrar:
         self.events = EventRing()
         self.manager_epoch = 1
         self._kernel_boot_id = locks.kernel_boot_id()
-        # Boot ids that were replaced or died: a registration of theirs can only be a late copy.
+        # Boot ids that were replaced or died: a registration of theirs can only be a late copy, or of one that has lost its name.
         self._retired: OrderedDict[tuple[str, bytes], None] = OrderedDict()
         files, removed = find_pool(pool_dir)
         if removed:
@@ -104,13 +114,16 @@ class Registrar:
         rebooted = self._is_other_boot(files.meta.kernel_boot_id)
         recovered = Recovered(files, self.events)
         self.pool = recovered.pool
-        for slot, worker in recovered.workers.items():
+        # The latest first: of two with one name, the earlier was set aside.
+        for slot, worker in sorted(recovered.workers.items(), key=lambda entry: -(entry[1].epoch if entry[1] else 0)):
             held = recovered.held.get(slot, [])
             record = worker or _unknown_worker(slot)
             probe = self._find_lock(record) if worker else None
             is_dead = rebooted if worker is None else self._is_other_boot(worker.kernel_boot_id)
             session = Session(record, slot, probe, ABSENT, self.clock(), pinned=held)
-            self.sessions[record.worker_id] = session
+            if record.worker_id in self.sessions:
+                _rename_orphan(session)
+            self.sessions[session.worker.worker_id] = session
             self.pool.set_revoked(slot, True, held)
             if is_dead or (probe is not None and not probe.is_held()):
                 self.end(session, "dead since before the start")
@@ -142,24 +155,26 @@ class Registrar:
         self._require_fresh(worker, old)
         probe = self._open_held_lock(worker)
         try:
-            is_same_life = self._require_successor(worker, old)
+            before = self._require_successor(worker, old)
             pool = self.pool or self._create_pool(request)
             claims_accepted = request.mapped_pool_id == pool.files.pool_id
             claims = request.claims if claims_accepted else ()
             _check_claims(claims, pool.num_blocks)
-            slot = old.slot if old is not None else self._free_slot()
+            slot = self._free_slot() if old is None or before is _Before.UNKNOWN else old.slot
         except BaseException:
             probe.close()
             raise
         self.pool = pool
-        if old is not None and not is_same_life:
+        if old is not None and before is _Before.DEAD:
             self.end(old, "replaced by a new process")
+        elif old is not None and before is _Before.UNKNOWN:
+            self._set_aside(old)
         if not self._kernel_boot_id or worker.kernel_boot_id != self._kernel_boot_id:
             worker = replace(worker, kernel_boot_id="")  # another kernel's reboots prove nothing here
         worker = replace(worker, epoch=pool.files.meta.advance_epoch(self._kernel_boot_id))
         capacity_blocks = -(-worker.kv_capacity_tokens // self.config.block_size)
         session = Session(worker, slot, probe, LIVE, self.clock(), min(capacity_blocks, pool.num_blocks))
-        lost = self._reclaim(session, old if is_same_life else None, claims)
+        lost = self._reclaim(session, old if before is _Before.ITSELF else None, claims)
         _log.info("registered", worker=worker.worker_id, epoch=worker.epoch, leases=len(session.leases), lost=lost)
         return Registered(session, claims_accepted, lost)
 
@@ -195,23 +210,60 @@ class Registrar:
             )
         raise LockProofError(f"the lock file {probe.path} {problem}", {"lock_path": str(probe.path)})
 
-    def _require_successor(self, worker: WorkerRecord, old: Session | None) -> bool:
-        """Whether this is the old session's own process; raises when it may be a second one beside it."""
+    def _require_successor(self, worker: WorkerRecord, old: Session | None) -> _Before:
+        """Whose session it was; raises when this process may not have it, or only after the one before has ended."""
         if old is None:
-            return False
+            return _Before.NOBODY
+        is_same_life = old.worker.boot_id == worker.boot_id
         is_same_lock = (old.worker.lock_device, old.worker.lock_inode) == (worker.lock_device, worker.lock_inode)
-        if old.worker.boot_id == worker.boot_id and is_same_lock:
-            return True
-        is_dead = is_same_lock or (old.probe is not None and not old.probe.is_held())
-        if is_dead and old.worker.boot_id != worker.boot_id:
-            return False
+        if is_same_life and is_same_lock:
+            return _Before.ITSELF
+        if not is_same_life and (is_same_lock or (old.probe is not None and not old.probe.is_held())):
+            return _Before.DEAD
+        if not is_same_life and old.probe is None:
+            return _Before.UNKNOWN
+        path = self.pool_dir / locks.WORKERS_DIR / f"{worker.worker_id}.lock"
+        metadata = {
+            "lock_path": str(path),
+            "stored_inode": str(old.worker.lock_inode),
+            "stated_inode": str(worker.lock_inode),
+        }
+        if is_same_life:
+            raise LockProofError(
+                f"the lock file {path} of worker {worker.worker_id} was deleted or replaced while the worker ran (inode"
+                f" {old.worker.lock_inode}, now {worker.lock_inode}), so that its death could not be proved any more. Lock"
+                " files must never be deleted. Restart this worker; streams go on after it, and its blocks stay set aside"
+                " where nothing proves that this process has ended",
+                metadata,
+            )
         raise LockProofError(
             f"worker {worker.worker_id} registered before with another lock file (inode {old.worker.lock_inode}, now"
-            f" {worker.lock_inode}), and that process (pid {old.worker.pid}) is not proved dead: it may still write its"
-            " blocks. Lock files must never be deleted. End that process if it runs, or start this one with another"
-            " --worker-id; the blocks come back with proof, at the latest when the host reboots",
-            {"stored_inode": str(old.worker.lock_inode), "stated_inode": str(worker.lock_inode)},
+            f" {worker.lock_inode} at {path}), and that process (pid {old.worker.pid}) is not proved dead: it may still"
+            " write its blocks. Lock files must never be deleted. End that process if it runs, or start this one with"
+            " another --worker-id; the blocks come back with proof, at the latest when the host reboots",
+            metadata,
         )
+
+    def _set_aside(self, session: Session) -> None:
+        """Gives a worker's name to another process, though its own may live: see ORPHANED. It frees nothing."""
+        worker = session.worker
+        del self.sessions[worker.worker_id]
+        # The process that has the name holds its lock, so the other one can only have registered with it before.
+        self._retire(worker)
+        _rename_orphan(session)
+        self.sessions[session.worker.worker_id] = session
+        _log.warning(
+            "a worker's lock file was deleted: its blocks are quarantined until the host reboots",
+            worker=worker.worker_id,
+            blocks=len(set(session.references())),
+            pid=worker.pid,
+            session=session.worker.worker_id,
+        )
+
+    def _retire(self, worker: WorkerRecord) -> None:
+        self._retired[worker.worker_id, worker.boot_id] = None
+        if len(self._retired) > _MAX_RETIRED:
+            self._retired.popitem(last=False)
 
     def _create_pool(self, request: Registration) -> BlockPool:
         config, worker = self.config, request.worker
@@ -299,9 +351,7 @@ class Registrar:
             session.probe.close()
         worker = session.worker
         self.sessions.pop(worker.worker_id, None)
-        self._retired[worker.worker_id, worker.boot_id] = None
-        if len(self._retired) > _MAX_RETIRED:
-            self._retired.popitem(last=False)
+        self._retire(worker)
         _log.info("session ended", worker=worker.worker_id, epoch=worker.epoch, why=why, freed_blocks=num_freed)
 
     def _require_pool(self) -> BlockPool:
@@ -311,6 +361,12 @@ class Registrar:
 
 def _unknown_worker(slot: int) -> WorkerRecord:
     return WorkerRecord(f"?slot {slot}", b"", 0, 0, 0, 0, "", 0, 0, 0, 0)
+
+
+def _rename_orphan(session: Session) -> None:
+    # No worker can have this name. The slot in the file keeps the worker's own, with its lock.
+    session.worker = replace(session.worker, worker_id=f"{session.worker.worker_id}?{session.slot}")
+    session.state = ORPHANED
 
 
 def _check_claims(claims: Sequence[Claim], num_blocks: int) -> None:

@@ -17,6 +17,11 @@ Clock = Callable[[], float]
 LIVE = "live"
 REVOKED = "revoked"
 ABSENT = "absent"
+# Another process has the worker's name, and nothing can prove this one dead any more: its lock file was deleted before the
+# manager started, so that no descriptor leads to the lock that it may still hold. What proof remains is a reboot of the host,
+# which ends every process; or a new file with the deleted one's inode, which no process can have open then. Until one of
+# them is seen its blocks stay quarantined, in its own slot.
+ORPHANED = "orphaned"
 
 # A worker that never acknowledges would make the manager remember every lease it ever released.
 MAX_TOMBSTONES = 1 << 16
