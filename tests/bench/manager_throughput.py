@@ -39,6 +39,7 @@ from tests.kv_manager.helpers import ROOT, FakeClock, Worker, free_port
 
 BATCH = 32
 BLOCKS_A_TABLE = 1
+CALLERS = 24  # batches in flight in closed loop; of one block a table, they fit into 1000 blocks
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -180,13 +181,13 @@ async def drive(address: str, pool_dir: Path, pid: int, seconds: float) -> dict[
         worker = Worker(pool_dir, kv_capacity_tokens=1 << 20).lock()
         epoch = (await stub.RegisterWorker(worker.request(), timeout=60)).epoch
         load = Load(stub, epoch, "w1", BLOCKS_A_TABLE)
-        await closed_loop(load, 1.0, 4)
+        await closed_loop(load, 1.0, CALLERS)
         before, started = cpu_seconds(pid), time.perf_counter()
-        rate = await closed_loop(load, seconds, 4)
+        rate = await closed_loop(load, seconds, CALLERS)
         wall = time.perf_counter() - started
         cpu = cpu_seconds(pid) - before
         before = cpu_seconds(pid)
-        pairs = await closed_loop(load, seconds / 2, 4, size=0)
+        pairs = await closed_loop(load, seconds / 2, CALLERS, size=0)
         empty_us = (cpu_seconds(pid) - before) / (pairs * seconds / 2) / 2 * 1e6
         latency = await open_loop(load, seconds, 0.3 * rate, 32)
         worker.die()
