@@ -100,6 +100,9 @@ class BlockPool:
             if content is not None:
                 self._index[content.content_hash] = block
                 self.num_unverified += 1
+            if not holders:
+                self._states[block] = _CACHED
+                continue
             self._holders[block] = holders
             self._states[block] = self._derived_state(block)
             while holders:
@@ -116,14 +119,14 @@ class BlockPool:
     def _deepest_first(self) -> list[int]:
         """The cached blocks, each before its parent; nothing else is known about their order after a restart."""
         depths: dict[int, int] = {}
-        for start in self._index.values():
-            chain = []
+        parents = {block: self._index.get(content.parent_hash) for block, content in self._contents.items() if content}
+        for start in parents:
+            chain: list[int] = []
             block: int | None = start
             while block is not None and block not in depths:
                 chain.append(block)
                 depths[block] = 0  # ends a cycle, which only a damaged file could have
-                content = self._contents[block]
-                block = self._index.get(content.parent_hash) if content is not None else None
+                block = parents[block]
             depth = depths[block] if block is not None else 0
             for block in reversed(chain):
                 depth += 1

@@ -18,6 +18,7 @@ from services.kv_manager.meta_format import BlockHeader, Content, Superblock, Wo
 
 _HEADER = fmt.HEADER_BYTES
 _BASE = fmt.HEADERS_OFFSET
+_HEADERS_A_READ = 4096
 
 
 def create(path: Path, superblock: Superblock) -> None:
@@ -99,10 +100,17 @@ class MetaFile:
         """The state byte of every header, in order."""
         return self._map[_BASE::_HEADER]
 
-    def read_header(self, block: int) -> BlockHeader:
-        """The header of a block that is not FREE; raises PoolFileError when it is damaged."""
-        start = _BASE + block * _HEADER
-        return fmt.unpack_header(self._map[start : start + _HEADER])
+    def read_headers(self) -> Iterator[tuple[int, BlockHeader | None]]:
+        """Every block that is not FREE, with its header; None when that is damaged."""
+        states = self.header_states()
+        for first in range(0, len(states), _HEADERS_A_READ):
+            end = min(first + _HEADERS_A_READ, len(states))
+            if states.count(fmt.FREE, first, end) == end - first:
+                continue
+            records = self._map[_BASE + first * _HEADER : _BASE + end * _HEADER]
+            for block, header in enumerate(fmt.unpack_headers(records), first):
+                if states[block] != fmt.FREE:
+                    yield block, header
 
     def write_leased(self, blocks: Iterable[int], record: bytes) -> None:
         """FREE to LEASED for each block; record is leased_record's."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,6 +46,7 @@ _SLOT_BODY = struct.Struct("<64s16sQQQQ36s4xQQII")
 HEADER_HEAD = struct.Struct("<B3xIQ")
 HEADER_BODY = struct.Struct("<QII32s32s16s16x")
 _HOLDERS = struct.Struct("<Q")
+_HEADER = struct.Struct("<B3xIQQII32s32s16s16x")
 
 NO_HASH = bytes(32)
 NO_TENANT = bytes(16)
@@ -215,19 +217,24 @@ class BlockHeader(NamedTuple):
     content: Content | None
 
 
-def unpack_header(record: bytes) -> BlockHeader:
-    """Reads the header of a block that is not free; raises PoolFileError when it is damaged."""
-    state, crc, holders = HEADER_HEAD.unpack_from(record)
-    so_far = zlib.crc32(record[16:], state)
-    if zlib.crc32(record[8:16], so_far) != crc or state not in (LEASED, SEALED, VOID):
-        raise PoolFileError("a block header fails its checksum")
-    generation, num_tokens, checksum, content_hash, parent_hash, tenant = HEADER_BODY.unpack_from(record, 16)
-    content = None
-    if state == SEALED:
-        content = Content(content_hash, parent_hash, num_tokens, checksum, tenant, generation, so_far, False)
-    return BlockHeader(state, holders, generation, content)
+def unpack_headers(records: bytes) -> Iterator[BlockHeader | None]:
+    """Reads headers that follow each other; None for one that is damaged, or of a FREE block."""
+    view = memoryview(records)
+    start = 0
+    for state, crc, holders, generation, num_tokens, checksum, content_hash, parent_hash, tenant in _HEADER.iter_unpack(
+        records
+    ):
+        so_far = zlib.crc32(view[start + 16 : start + HEADER_BYTES], state)
+        if zlib.crc32(view[start + 8 : start + 16], so_far) != crc or state not in (LEASED, SEALED, VOID):
+            yield None
+        elif state == SEALED:
+            content = Content(content_hash, parent_hash, num_tokens, checksum, tenant, generation, so_far, False)
+            yield BlockHeader(state, holders, generation, content)
+        else:
+            yield BlockHeader(state, holders, generation, None)
+        start += HEADER_BYTES
 
 
-assert HEADER_HEAD.size + HEADER_BODY.size == HEADER_BYTES
+assert HEADER_HEAD.size + HEADER_BODY.size == HEADER_BYTES == _HEADER.size
 assert _SLOT_HEAD.size + _SLOT_BODY.size <= SLOT_BYTES
 assert POOL_ID_BYTES == 16

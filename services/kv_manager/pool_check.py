@@ -48,19 +48,18 @@ def check_references(pool: BlockPool, tables: Mapping[int, Sequence[int]]) -> No
 
 
 def _check_headers(pool: BlockPool) -> None:
-    states = pool._meta.header_states()
-    for block, on_file in enumerate(states):
-        holders = pool._holders[block]
-        if on_file == fmt.FREE:
+    headers = dict(pool._meta.read_headers())
+    for block in range(pool.num_blocks):
+        holders, content = pool._holders[block], pool._contents.get(block)
+        if block not in headers:
             assert block not in pool._contents, f"sealed block {block} is FREE on file"
             assert not holders, f"block {block} is FREE on file and held by {holders:b}"
             continue
-        header = pool._meta.read_header(block)
+        header = headers[block]
+        assert header is not None, f"the header of block {block} fails its checksum"
         assert header.holders == holders, f"block {block}: holders {holders:b}, on file {header.holders:b}"
-        content = pool._contents.get(block)
-        assert header.content is None or content is not None, f"block {block} is sealed on file"
+        expected = fmt.SEALED if content else fmt.VOID if block in pool._contents else fmt.LEASED
+        assert header.state == expected, f"block {block} is {header.state:#x} on file and should be {expected:#x}"
         if header.content is not None and content is not None:
             assert header.content.content_hash == content.content_hash, f"block {block}: another hash on file"
             assert header.content.data_checksum == content.data_checksum
-        expected = fmt.SEALED if content else fmt.VOID if block in pool._contents else fmt.LEASED
-        assert on_file == expected, f"block {block} is {on_file:#x} on file and should be {expected:#x}"

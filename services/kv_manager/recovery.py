@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 from services.kv_manager import meta_format as fmt
 from services.kv_manager.block_pool import BlockPool, RestoredBlock
-from services.kv_manager.errors import PoolFileError
 from services.kv_manager.events import EventRing
 from services.kv_manager.meta_file import MetaFile
 from services.kv_manager.meta_format import WorkerRecord
@@ -38,12 +37,8 @@ class Recovered:
     def _entries(self, meta: MetaFile) -> Iterator[RestoredBlock]:
         known = sum(1 << slot for slot in self.workers)
         seen: set[bytes] = set()
-        for block, state in enumerate(meta.header_states()):
-            if state == fmt.FREE:
-                continue
-            try:
-                header = meta.read_header(block)
-            except PoolFileError:
+        for block, header in meta.read_headers():
+            if header is None:
                 self.num_damaged += 1
                 if known:
                     meta.write_void(block, known)
