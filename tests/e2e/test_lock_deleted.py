@@ -1,0 +1,101 @@
+"""A worker's lock file is deleted and its manager restarts: nothing proves the worker's death any more, and everybody is told."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import pytest
+
+pytest.importorskip("mlx.core")
+
+from clients.decoder import DecoderClient
+from protos import kv_manager_pb2, kv_manager_pb2_grpc
+from tests.decoder.tiny_models import TinyConfig, write_tiny_checkpoint
+from tests.e2e.followed import Pace, follow, token_request
+from tests.e2e.pool_files import check_pool_files
+from tests.e2e.processes import ROOT, Manager, Processes, until
+from tests.e2e.streams import TIMEOUT_S, receive, stub_of
+
+NUM_BLOCKS = 128
+NUM_TOKENS = 400
+PROMPT = [index % 90 for index in range(40)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("locks") / "model", TinyConfig(vocab_size=96), 3)
+
+
+def _states(manager: Manager) -> dict[str, str]:
+    with grpc.insecure_channel(manager.address) as channel:
+        stub = kv_manager_pb2_grpc.KVManagerStub(channel)
+        listing = stub.ListLeases(kv_manager_pb2.ListLeasesRequest(), timeout=10.0)
+    return {session.worker_id: session.state for session in listing.sessions}
+
+
+def _status(manager: Manager) -> str:
+    command = [sys.executable, "-m", "clients.cli", "status", "--kv-manager", manager.address]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=True).stdout
+
+
+def _restart(processes: Processes, manager: Manager) -> Manager:
+    return processes.start_manager(listen=manager.address, pool_dir=manager.pool_dir, num_blocks=NUM_BLOCKS)
+
+
+async def test_the_error_names_the_file_and_the_fix_and_a_restart_of_the_decoder_cures_it(
+    processes: Processes, model: Path
+) -> None:
+    manager = processes.start_manager(num_blocks=NUM_BLOCKS)
+    decoder = processes.start_decoder(manager, "--grace", "0", model=model, worker_id="one")
+    lock_path = manager.pool_dir / "workers" / "one.lock"
+    request = token_request(PROMPT, NUM_TOKENS, seed=5)
+    async with DecoderClient(decoder.address) as client:
+        undisturbed = await follow(client, request, tenant="undisturbed")
+        pace = Pace()
+        running = asyncio.create_task(follow(client, request, pace=pace))
+        await pace.reach(20)
+        lock_path.unlink()
+        await asyncio.to_thread(manager.kill)
+        manager = await asyncio.to_thread(_restart, processes, manager)
+
+        # The decoder's log says it, and so does the status of every new request.
+        def is_told() -> bool:
+            return any(str(lock_path) in entry["reason"] for entry in decoder.events("kv_manager_away"))
+
+        await asyncio.to_thread(until, is_told, "the decoder is told why it has no session")
+        async with stub_of(decoder.address) as stub:
+            refused = await receive(stub, token_request(PROMPT, 3))
+        assert refused.code is grpc.StatusCode.UNAVAILABLE
+        assert f"{lock_path} of worker one was deleted" in refused.status.message
+        assert "Restart this worker" in refused.status.message
+        assert _states(manager) == {"one": "absent"}
+        held = manager.stats().quarantined
+        assert held > 0
+
+        # Under its old name and address, as a supervisor restarts it.
+        listen = decoder.address
+        await asyncio.to_thread(decoder.terminate)
+        decoder = await asyncio.to_thread(
+            lambda: processes.start_decoder(manager, model=model, worker_id="one", listen=listen)
+        )
+        stream = await running
+        assert stream.token_ids == undisturbed.token_ids
+        assert all(event.exact for event in stream.resumed)
+
+    # What the old process held stays set aside, though it has ended: no descriptor leads to the lock that would show it.
+    assert _states(manager) == {"one?0": "orphaned", "one": "live"}
+    until(lambda: manager.stats().num_leases == 0, "the stream's lease is given back")
+    stats = manager.stats()
+    assert 0 < stats.quarantined <= held
+    status = _status(manager)
+    assert "one?0: the worker's lock file was deleted" in status
+    assert f"its {stats.quarantined} blocks stay quarantined until the host reboots" in status
+    await asyncio.to_thread(decoder.terminate)
+    await asyncio.to_thread(manager.terminate)
+    counts = check_pool_files(manager.pool_dir)
+    assert counts["quarantined"] == stats.quarantined
+    assert counts["leased"] == 0
