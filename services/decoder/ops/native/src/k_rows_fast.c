@@ -7,76 +7,52 @@
 
 enum { ROWS = 4, TOKENS = 4, MAX_GROUPS = MAX_COLS / MIN_GROUP, AHEAD_BYTES = 8192 };
 
-/* What a tile needs of its groups, as floats; zero from the last group to a whole vector.
- *
- * A unit is half a chunk where groups are that small, else a chunk: the columns that share one scale. */
+/* Weight scale times activation scale for every unit: the columns that share one scale, half a chunk where groups are that
+ * small, else a chunk. */
 typedef struct {
-    float scale[ROWS][MAX_GROUPS];           /* a group's */
-    float bias[ROWS][MAX_GROUPS];            /* a group's */
-    float product[TOKENS][ROWS][MAX_GROUPS]; /* a unit's: weight scale times activation scale */
+    float product[TOKENS][ROWS][MAX_GROUPS];
 } tile_scales;
 
-INLINE f32x8 load_halves(const uint16_t *p, int format) { return format == FORMAT_BF16 ? f8_of_bf16(p) : f8_of_f16(p); }
-
-/* n scales, and zeros up to a whole vector. Nothing behind them is read. */
-INLINE void widen_scales(const uint8_t *p, int64_t n, int format, float *out) {
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8)
-        f8_store(out + i, format == FORMAT_F32 ? f8_load((const float *)p + i) : load_halves((const uint16_t *)p + i, format));
-    if (i == n) return;
+/* Scales i .. i + 7 of n, zeros beyond n. Nothing behind them is read. */
+INLINE f32x8 load_scales(const uint8_t *p, int64_t i, int64_t n, int format) {
     if (format == FORMAT_F32) {
-        f8_store(out + i, f8_load_some((const float *)p + i, (int)(n - i)));
-        return;
+        const float *from = (const float *)p + i;
+        return n - i >= 8 ? f8_load(from) : f8_load_some(from, (int)(n - i));
     }
-    uint16_t rest[8] = {0};
     const uint16_t *from = (const uint16_t *)p + i;
-    if (n - i == 4) { /* common, and a load that follows narrower stores waits for them */
-        f8_store(out + i, format == FORMAT_BF16 ? f8_of_4_bf16(from) : f8_of_4_f16(from));
-        return;
-    }
+    if (n - i >= 8) return format == FORMAT_BF16 ? f8_of_bf16(from) : f8_of_f16(from);
+    if (n - i == 4) return format == FORMAT_BF16 ? f8_of_4_bf16(from) : f8_of_4_f16(from);
+    uint16_t rest[8] = {0};
     for (int64_t j = 0; j < n - i; j++) rest[j] = from[j];
-    f8_store(out + i, load_halves(rest, format));
+    return format == FORMAT_BF16 ? f8_of_bf16(rest) : f8_of_f16(rest);
 }
 
-static void load_groups(const matrix *m, int64_t first, int rows, int64_t groups, tile_scales *s) {
-    for (int r = 0; r < rows; r++) {
-        int64_t at = (first + r) * m->scale_row_bytes;
-        widen_scales(m->scales + at, groups, m->scale_format, s->scale[r]);
-        widen_scales(m->biases + at, groups, m->scale_format, s->bias[r]);
-        if (m->format != FORMAT_Q8) continue;
-        /* The kernel sees q - 128, so the bias takes 128 scales more. */
-        for (int64_t i = 0; i < groups; i++) s->bias[r][i] += 128.0f * s->scale[r][i];
-    }
-}
-
-INLINE void multiply_scales(const int R, const int T, const int GROUP, int64_t cols, const activation *tokens,
-                            tile_scales *s) {
-    int64_t chunks = (cols + 63) / 64;
-    for (int t = 0; t < T; t++) {
-        const float *act = tokens[t].scale;
-        for (int r = 0; r < R; r++) {
-            const float *scale = s->scale[r];
-            float *product = s->product[t][r];
-            if (GROUP == 64) {
-                for (int64_t c = 0; c < chunks; c += 8) f8_store(product + c, f8_mul(f8_load(scale + c), f8_load(act + c)));
-            } else if (GROUP == 128) {
-                for (int64_t c = 0; c < chunks; c++) product[c] = scale[c / 2] * act[c];
-            } else {
-                for (int64_t u = 0; u < cols / 32; u++) product[u] = scale[u] * act[u / 2];
-            }
+/* The products of one row for all tokens, and the sum of its biases times the groups' sums, which acc begins with. */
+INLINE void begin_row(const int FORMAT, const int T, const int GROUP, const matrix *m, int64_t row, int r,
+                      const activation *tokens, tile_scales *s, f32x8 (*acc)[ROWS]) {
+    const uint8_t *scales = m->scales + row * m->scale_row_bytes, *biases = m->biases + row * m->scale_row_bytes;
+    int64_t groups = m->cols / GROUP;
+    float scale[GROUP == 64 ? 8 : MAX_GROUPS];
+    UNROLL for (int t = 0; t < T; t++) acc[t][r] = f8_zero();
+    for (int64_t i = 0; i < groups; i += 8) {
+        f32x8 factor = load_scales(scales, i, groups, m->scale_format), bias = load_scales(biases, i, groups, m->scale_format);
+        /* 8-bit kernels see q - 128, so the bias takes 128 scales more. */
+        if (FORMAT == FORMAT_Q8) bias = f8_add(bias, f8_mul(f8_set1(128.0f), factor));
+        if (GROUP != 64) f8_store(scale + i, factor);
+        UNROLL for (int t = 0; t < T; t++) {
+            acc[t][r] = f8_fma(bias, f8_load(tokens[t].sum + i), acc[t][r]);
+            if (GROUP == 64) f8_store(s->product[t][r] + i, f8_mul(factor, f8_load(tokens[t].scale + i)));
         }
     }
+    if (GROUP == 64) return;
+    for (int t = 0; t < T; t++)
+        for (int64_t u = 0; u < (GROUP == 32 ? groups : 2 * groups); u++)
+            s->product[t][r][u] = GROUP == 32 ? scale[u] * tokens[t].scale[u / 2] : scale[u / 2] * tokens[t].scale[u];
 }
 
 /* A chunk's scale: one number, or one for each half. */
 INLINE f32x8 chunk_scale(const int GROUP, const float *product, int64_t chunk) {
     return GROUP == 32 ? f8_halves(product[2 * chunk], product[2 * chunk + 1]) : f8_set1(product[chunk]);
-}
-
-INLINE f32x8 bias_products(const float *bias, const float *sum, int64_t groups) {
-    f32x8 acc = f8_zero();
-    for (int64_t i = 0; i < groups; i += 8) acc = f8_fma(f8_load(bias + i), f8_load(sum + i), acc);
-    return acc;
 }
 
 INLINE void q4_tile(const int R, const int T, const int GROUP, const uint8_t *weight, int64_t row_bytes, int64_t cols,
@@ -142,11 +118,8 @@ INLINE void q8_tile(const int R, const int T, const int GROUP, const uint8_t *we
 INLINE void tile(const int FORMAT, const int R, const int T, const int GROUP, const matrix *m, int64_t first,
                  const activation *tokens, float *out, int64_t out_stride, tile_scales *s) {
     const uint8_t *weight = m->weight + first * m->row_bytes;
-    int64_t groups = m->cols / GROUP;
     f32x8 acc[TOKENS][ROWS];
-    multiply_scales(R, T, GROUP, m->cols, tokens, s);
-    UNROLL for (int t = 0; t < T; t++)
-        UNROLL for (int r = 0; r < R; r++) acc[t][r] = bias_products(s->bias[r], tokens[t].sum, groups);
+    UNROLL for (int r = 0; r < R; r++) begin_row(FORMAT, T, GROUP, m, first + r, r, tokens, s, acc);
     if (FORMAT == FORMAT_Q4) {
         q4_tile(R, T, GROUP, weight, m->row_bytes, m->cols, s, tokens, acc);
     } else {
@@ -173,13 +146,11 @@ INLINE void tokens_tile(const int FORMAT, const int R, const int GROUP, const ma
 INLINE void all_rows(const int FORMAT, const int GROUP, const matrix *m, int64_t first, int64_t num_rows,
                      const activation *tokens, int64_t num_tokens, float *out, int64_t out_stride) {
     tile_scales s;
-    int64_t groups = m->cols / GROUP;
     for (int64_t t = 0; t < num_tokens; t += TOKENS) {
         int64_t n = num_tokens - t < TOKENS ? num_tokens - t : TOKENS, r = 0;
         const activation *a = tokens + t;
         float *o = out + t * out_stride;
         for (; n <= 2 && r + 4 <= num_rows; r += 4) {
-            load_groups(m, first + r, 4, groups, &s);
             if (n == 1) {
                 tile(FORMAT, 4, 1, GROUP, m, first + r, a, o + r, out_stride, &s);
             } else {
@@ -187,11 +158,9 @@ INLINE void all_rows(const int FORMAT, const int GROUP, const matrix *m, int64_t
             }
         }
         for (; r + 2 <= num_rows; r += 2) {
-            load_groups(m, first + r, 2, groups, &s);
             tokens_tile(FORMAT, 2, GROUP, m, first + r, a, n, o + r, out_stride, &s);
         }
         if (r < num_rows) {
-            load_groups(m, first + r, 1, groups, &s);
             tokens_tile(FORMAT, 1, GROUP, m, first + r, a, n, o + r, out_stride, &s);
         }
     }
