@@ -83,9 +83,9 @@ class KvManagerClient:
         """The pool's place and shape."""
         return await self._call(self._stub.DescribePool(pb.DescribePoolRequest(), timeout=self._deadline_s))
 
-    async def list_leases(self, worker_id: str = "") -> pb.ListLeasesResponse:
-        """Sessions and leases of one worker, or of all."""
-        request = pb.ListLeasesRequest(worker_id=worker_id)
+    async def list_leases(self, worker_id: str = "", with_block_states: bool = False) -> pb.ListLeasesResponse:
+        """Sessions and leases of one worker, or of all; and the state of every block when asked for."""
+        request = pb.ListLeasesRequest(worker_id=worker_id, with_block_states=with_block_states)
         return await self._call(self._stub.ListLeases(request, timeout=self._deadline_s))
 
     async def stats(self) -> pb.StatsResponse:

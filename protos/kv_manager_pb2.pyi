@@ -1232,16 +1232,19 @@ class ListLeasesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKER_ID_FIELD_NUMBER: _builtins.int
+    WITH_BLOCK_STATES_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """empty: all"""
+    with_block_states: _builtins.bool
     def __init__(
         self,
         *,
         worker_id: _builtins.str = ...,
+        with_block_states: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["with_block_states", b"with_block_states", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1338,6 +1341,9 @@ class ListLeasesResponse(_message.Message):
 
     SESSIONS_FIELD_NUMBER: _builtins.int
     LEASES_FIELD_NUMBER: _builtins.int
+    BLOCK_STATES_FIELD_NUMBER: _builtins.int
+    block_states: _builtins.bytes
+    """When asked for, a byte for each block of the pool: 0 free, 1 leased, 2 sealed, 3 cached, 4 quarantined."""
     @_builtins.property
     def sessions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Session]: ...
     @_builtins.property
@@ -1347,10 +1353,11 @@ class ListLeasesResponse(_message.Message):
         *,
         sessions: _abc.Iterable[Global___Session] | None = ...,
         leases: _abc.Iterable[Global___Lease] | None = ...,
+        block_states: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["leases", b"leases", "sessions", b"sessions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_states", b"block_states", "leases", b"leases", "sessions", b"sessions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -20,7 +20,9 @@ _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 _HOME, _CLEAR_LINE, _CLEAR_REST, _RESET = "\x1b[H", "\x1b[K", "\x1b[J", "\x1b[0m"
 _HOLDER_COLOURS = (34, 32, 33, 35, 36, 31)
 _STATE_COLOURS = {"leased": 34, "sealed": 32, "cached": 35, "quarantined": 31, "free": 90}
-_SHADES = "░▒▓█"
+_SIGNS = {"leased": "█", "sealed": "▓", "cached": "░", "quarantined": "X", "free": "·"}
+_STATE_CODES = {"free": 0, "leased": 1, "sealed": 2, "cached": 3, "quarantined": 4}
+_BUSIEST_FIRST = ("quarantined", "leased", "sealed", "cached")
 _MAP_SHARE = 0.5  # of the lines, at most
 _MAX_LEASES = 12
 
@@ -71,7 +73,7 @@ async def _frame_or_trouble(
 
 
 async def _look(manager: KvManagerClient, metrics: Sequence[str], before: dict[str, DecoderFigures | None]) -> View:
-    stats, listing = await manager.stats(), await manager.list_leases()
+    stats, listing = await manager.stats(), await manager.list_leases(with_block_states=True)
     decoders: dict[str, tuple[DecoderFigures | None, DecoderFigures | None]] = {}
     for address in metrics:
         try:
@@ -103,39 +105,31 @@ def frame(view: View, width: int, height: int, colour: bool) -> list[str]:
 
 
 def block_map(view: View, width: int, max_lines: int, paints: Mapping[str, int]) -> list[str]:
-    """The pool from block 0 on: who has a block in a table, by colour; of several blocks a cell, by shade, how many.
-
-    The manager does not tell which of the other blocks are cached, so they are all dots.
-    """
+    """The pool from block 0 on: state by sign, holder by colour; a cell of several blocks shows the busiest state in it."""
     num_blocks = view.stats.num_blocks
     if not num_blocks:
         return ["no pool yet: its size comes from the first decoder"]
     holder: dict[int, str] = {}
     for lease in view.listing.leases:
         for block_id in lease.block_ids:
-            holder.setdefault(block_id, "revoked" if lease.revoked else lease.worker_id)
-    num_cells = max(1, width - 1) * max_lines
-    per_cell = -(-num_blocks // num_cells)
+            holder.setdefault(block_id, lease.worker_id)
+    states = view.listing.block_states.ljust(num_blocks, b"\0")
+    per_cell = -(-num_blocks // (max(1, width - 1) * max_lines))
     cells = []
     for first in range(0, num_blocks, per_cell):
         block_ids = range(first, min(first + per_cell, num_blocks))
-        held = [holder[block_id] for block_id in block_ids if block_id in holder]
-        if not held:
-            cells.append("·")
-            continue
-        owner = max(set(held), key=held.count)
-        shade = _SHADES[min(len(_SHADES) - 1, len(held) * len(_SHADES) // (len(block_ids) + 1))]
-        full = per_cell == 1
-        cells.append(
-            _paint(
-                "X" if owner == "revoked" else "█" if full else shade,
-                paints.get(owner, 31 if any(paints.values()) else 0),
-            )
-        )
+        found = set(states[first : block_ids.stop])
+        name = next((name for name in _BUSIEST_FIRST if _STATE_CODES[name] in found), "free")
+        holders = [holder[block_id] for block_id in block_ids if block_id in holder]
+        colour = _STATE_COLOURS[name] if paints and any(paints.values()) else 0
+        if holders and name in ("leased", "sealed"):
+            colour = paints.get(max(set(holders), key=holders.count), colour)
+        cells.append(_paint(_SIGNS[name], colour))
     lines = ["".join(cells[at : at + width - 1]) for at in range(0, len(cells), width - 1)]
-    legend = "  ".join(_paint(f"█ {worker}", code) for worker, code in paints.items())
+    legend = "  ".join(_paint(f"■ {worker}", code) for worker, code in paints.items())
+    signs = "  ".join(f"{sign} {name}" for name, sign in _SIGNS.items())
     scale = "" if per_cell == 1 else f"   {per_cell} blocks a cell"
-    return [*lines, f"{legend}   · free or cached   X revoked{scale}"]
+    return [*lines, f"{signs}   {legend}{scale}".rstrip()]
 
 
 def _rates(stats: pb.StatsResponse) -> str:

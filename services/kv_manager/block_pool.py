@@ -80,6 +80,10 @@ class BlockPool:
         """Number of blocks in each state."""
         return {state: self._counts[state] for state in BlockState}
 
+    def states(self) -> bytes:
+        """The state of every block, a byte each."""
+        return bytes(self._states)
+
     def state(self, block: int) -> BlockState:
         """What the block counts as now."""
         return BlockState(self._states[block])

@@ -266,7 +266,8 @@ class KVManagerServicer(pb_grpc.KVManagerServicer):
             if not request.worker_id or session.worker.worker_id == request.worker_id
         ]
         leases = [translate.lease_view(session, lease) for session, lease in lessor.leases(request.worker_id)]
-        return pb.ListLeasesResponse(sessions=sessions, leases=leases)
+        states = lessor.pool.states() if request.with_block_states and lessor.pool is not None else b""
+        return pb.ListLeasesResponse(sessions=sessions, leases=leases, block_states=states)
 
     @_unary
     async def Stats(self, request: pb.StatsRequest, context: _Context) -> pb.StatsResponse:

@@ -24,24 +24,25 @@ leasehold_decoder_step_part_seconds_sum{part="sample"} 0.5
 
 
 def view(num_blocks: int = 8) -> View:
-    stats = pb.StatsResponse(num_blocks=num_blocks, free=num_blocks - 4, leased=4, num_looked_up=10, num_hits=4)
+    stats = pb.StatsResponse(num_blocks=num_blocks, free=num_blocks - 5, leased=2, num_looked_up=10, num_hits=4)
     leases = [
         pb.Lease(worker_id="one", cache_id=1, block_ids=[0, 2]),
         pb.Lease(worker_id="two", cache_id=2, block_ids=[5]),
         pb.Lease(worker_id="two", cache_id=3, block_ids=[7], revoked=True),
     ]
     sessions = [pb.Session(worker_id=name, state="live", num_leases=1, pid=4) for name in ("two", "one")]
-    return View(stats, pb.ListLeasesResponse(sessions=sessions, leases=leases))
+    states = bytes([1, 0, 2, 0, 3, 1, 0, 4]).ljust(num_blocks, b"\0")
+    return View(stats, pb.ListLeasesResponse(sessions=sessions, leases=leases, block_states=states))
 
 
-def test_the_map_shows_who_holds_which_block() -> None:
+def test_the_map_shows_the_state_of_every_block() -> None:
     lines = block_map(view(), width=6, max_lines=10, paints={"one": 0, "two": 0})
-    assert lines[:2] == ["█·█··", "█·X"]
+    assert lines[:2] == ["█·▓·░", "█·X"]
 
 
 def test_a_large_pool_has_several_blocks_a_cell() -> None:
     lines = block_map(view(1000), width=11, max_lines=1, paints={})
-    assert lines[0] == "░·········"
+    assert lines[0] == "X·········"
     assert "100 blocks a cell" in lines[1]
 
 

@@ -125,6 +125,8 @@ def test_a_worker_leases_extends_and_releases_over_the_wire(manager_process: Sta
         assert [(session.worker_id, session.state, session.num_blocks) for session in listed.sessions] == [
             ("w1", "live", 6)
         ]
+        mapped = stub.ListLeases(pb.ListLeasesRequest(with_block_states=True), timeout=10)
+        assert list(mapped.block_states) == [1, 1, 1, 1, 1, 1, 0, 0]
         release = pb.ReleaseRequest(
             worker_id="w1",
             epoch=registered.epoch,
