@@ -74,7 +74,10 @@ class Plan:
 def requests() -> list[pb.GenerateRequest]:
     """The requests that all seeds draw from: shared prefixes and repeats, greedy and sampled, with and without penalties."""
     rng = random.Random(4)
-    prefixes = [_tokens(rng, MAX_PROMPT - 10) for _ in range(5)]
+    prefixes = [_tokens(rng, MAX_PROMPT - 10) for _ in range(4)]
+    # The same blocks after other blocks: content that is the same and means another K/V.
+    segments = [_tokens(rng, max(BLOCK_SIZES)) for _ in range(3)]
+    prefixes += [[*rng.choice(segments), *rng.choice(segments), *_tokens(rng, 16)] for _ in range(4)]
     return [_request(rng, rng.choice(prefixes)) for _ in range(NUM_REQUESTS)]
 
 
@@ -83,7 +86,7 @@ def _tokens(rng: random.Random, num: int) -> list[int]:
 
 
 def _request(rng: random.Random, prefix: list[int]) -> pb.GenerateRequest:
-    prompt = prefix[: rng.randrange(len(prefix))] + _tokens(rng, rng.randint(1, 10))
+    prompt = prefix[: rng.randint(len(prefix) // 4, len(prefix))] + _tokens(rng, rng.randint(1, 10))
     sampling = pb.SamplingParams()
     if rng.random() < 0.5:
         sampling = pb.SamplingParams(temperature=rng.choice([0.5, 1.0]), seed=rng.randrange(2**53))
