@@ -1,27 +1,68 @@
-"""A pool in GPU memory, as the decoder's kernels see it."""
+"""A pool in GPU memory, as the decoder maps it: the manager hands it over, and gets it back from here after a restart."""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 
-from protos.pool_format import BlockShape
+from protos.pool_format import PAGE_BYTES, BlockShape, DataHeader
+from protos.pool_handover import OK, REFUSED, SOCKET_NAME, Ask, receive_answer, send_ask
+from services.decoder.kv_view import NUMPY_TYPES
+
+_log = structlog.get_logger(__name__)
+_FIRST_WAIT_S = 15.0
+_RETRY_S = 0.05
+
+
+class MappedMemory(Protocol):
+    """GPU memory of this process: services.cuda_memory.SharedGpuMemory, or a stand-in of a test."""
+
+    fd: int
+    address: int
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """A copy on the host."""
+        ...
+
+    def close(self) -> None:
+        """Unmaps it."""
+        ...
 
 
 class GpuPool:
-    """Blocks in GPU memory that other code owns: only kernels read or write them, so the host's views are refused."""
+    """Blocks in GPU memory: only kernels read or write them in place, so the host gets copies, which it cannot write."""
 
-    def __init__(self, device_address: int, num_blocks: int, shape: BlockShape, kv_dtype: str) -> None:
+    def __init__(
+        self,
+        device_address: int,
+        num_blocks: int,
+        shape: BlockShape,
+        kv_dtype: str,
+        read: Callable[[int, int], bytes] | None = None,
+    ) -> None:
         self.device_address = device_address
         self.num_blocks = num_blocks
         self.shape = shape
         self.kv_dtype = kv_dtype
+        self._read = read
 
     def block(self, block_id: int) -> npt.NDArray[Any]:
-        """Refused: see the class."""
-        raise NotImplementedError("a pool in GPU memory has no view on the host")
+        """A read-only copy of a block on the host, for its checksum."""
+        if self._read is None:
+            raise NotImplementedError("a pool in GPU memory has no view on the host")
+        shape = self.shape
+        dims = (shape.num_layers, 2, shape.num_kv_heads, shape.block_size, shape.head_dim)
+        data = self._read(block_id * shape.stride_bytes, shape.block_bytes)
+        return np.frombuffer(data, NUMPY_TYPES[self.kv_dtype]).reshape(dims)
 
     def gather(self, block_ids: npt.NDArray[np.int32], layer: int, num_tokens: int | None = None) -> npt.NDArray[Any]:
         """Refused: see the class."""
@@ -30,3 +71,94 @@ class GpuPool:
     def addresses(self, block_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
         """The address of each block in GPU memory."""
         return np.uint64(self.device_address) + block_ids.astype(np.uint64) * np.uint64(self.shape.stride_bytes)
+
+
+class ManagedGpuPool(GpuPool):
+    """The manager's pool. A thread keeps the connection, and hands the memory back to a manager that has started again."""
+
+    def __init__(
+        self, kv_path: Path, worker_id: str, kv_dtype: str, import_memory: Callable[[int, int], MappedMemory]
+    ) -> None:
+        """Maps it; raises OSError or ValueError. `import_memory(num_bytes, fd)` owns the descriptor that it is given."""
+        with kv_path.open("rb") as file:
+            header = DataHeader.unpack(file.read(PAGE_BYTES))
+        if header.shape.element_bytes != NUMPY_TYPES[kv_dtype].itemsize:
+            raise ValueError(f"{kv_path}: elements have {header.shape.element_bytes} bytes, which is not {kv_dtype}")
+        self._kv_path = kv_path
+        self._ask = Ask(worker_id, header.pool_id.hex())
+        self._is_closed = False
+        self._pidfd = os.pidfd_open(os.getpid())
+        self._connection, fd = self._connect(None, time.monotonic() + _FIRST_WAIT_S)
+        if fd is None:
+            raise ValueError(f"{kv_path.parent / SOCKET_NAME}: the manager sent no memory")
+        self._memory = import_memory(header.num_blocks * header.shape.stride_bytes, fd)
+        super().__init__(self._memory.address, header.num_blocks, header.shape, kv_dtype, self._memory.read)
+        threading.Thread(target=self._keep, name="gpu-pool", daemon=True).start()
+
+    @property
+    def pool_id(self) -> bytes:
+        """As the header page says now; raises OSError when the file is gone."""
+        with self._kv_path.open("rb") as file:
+            return DataHeader.unpack(file.read(PAGE_BYTES)).pool_id
+
+    def close(self) -> None:
+        """Unmaps it and hangs up."""
+        self._is_closed = True
+        self._connection.close()
+        self._memory.close()
+        os.close(self._pidfd)
+
+    def _connect(self, memory_fd: int | None, deadline: float | None) -> tuple[socket.socket, int | None]:
+        """A connection on which the manager said OK, and the memory's descriptor when it sent one."""
+        fds = [self._pidfd] if memory_fd is None else [self._pidfd, memory_fd]
+        while True:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                connection.connect(str(self._kv_path.parent / SOCKET_NAME))
+                send_ask(connection, self._ask, fds)
+                answer, received = receive_answer(connection)
+                if answer.status == OK:
+                    return connection, received[0] if received else None
+                reason = answer.reason
+                if answer.status == REFUSED:
+                    raise ValueError(f"the manager refuses the GPU memory of {self._kv_path}: {reason}")
+            except OSError as error:
+                reason = str(error)
+            except BaseException:
+                connection.close()
+                raise
+            connection.close()
+            if self._is_closed or (deadline is not None and time.monotonic() > deadline):
+                raise OSError(f"no GPU memory from {self._kv_path.parent / SOCKET_NAME}: {reason}")
+            time.sleep(_RETRY_S)
+
+    def _keep(self) -> None:
+        """Waits for the manager to go, and brings the memory to the next one."""
+        while not self._is_closed:
+            try:
+                gone = not self._connection.recv(1)
+            except OSError:
+                gone = True
+            if self._is_closed or not gone:
+                continue
+            self._connection.close()
+            try:
+                self._connection, _ = self._connect(self._memory.fd, None)
+                _log.info("gpu_memory_handed_back", pool=self._ask.pool_id)
+            except (OSError, ValueError) as error:
+                if not self._is_closed:
+                    _log.error("gpu_memory_not_handed_back", error=str(error))
+                return
+
+
+def map_gpu_pool(kv_path: Path, worker_id: str, kv_dtype: str) -> ManagedGpuPool:
+    """The manager's pool, mapped on the first GPU."""
+    from services.cuda_memory import CudaDevice, SharedGpuMemory
+
+    device = CudaDevice()
+    return ManagedGpuPool(kv_path, worker_id, kv_dtype, lambda num_bytes, fd: SharedGpuMemory(device, num_bytes, fd))
+
+
+def is_gpu_pool(kv_path: Path) -> bool:
+    """Whether a data file is a header page alone: its bytes are in GPU memory then."""
+    return kv_path.stat().st_size == PAGE_BYTES

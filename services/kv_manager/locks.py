@@ -75,6 +75,13 @@ class LockProbe:
         """What the lock's holder has written into the file: its boot_id as hex digits, or nothing."""
         return os.pread(self._fd, 64, 0).decode("ascii", "replace").strip()
 
+    def allows_successor(self) -> bool:
+        """Whether a new process that holds this lock proves that the one before is gone."""
+        return True
+
+    def take_over(self, old: LockProbe | None) -> None:
+        """Keeps what another probe of the same process knows."""
+
     def close(self) -> None:
         """Closes the descriptor; once is enough."""
         if self._fd >= 0:

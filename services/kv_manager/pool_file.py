@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from protos.pool_format import DATA_OFFSET_BYTES, PAGE_BYTES, POOL_ID_BYTES, DataHeader
 from services.kv_manager import meta_file
@@ -122,6 +123,18 @@ def _storage_full(path: Path, num_bytes: int, error: OSError) -> StorageFullErro
     )
 
 
+class Storage(Protocol):
+    """Where a pool's bytes are: `DataFile` itself, or what makes and opens others like it."""
+
+    def create(self, path: Path, header: DataHeader) -> DataFile:
+        """Makes a data file and room for its blocks."""
+        ...
+
+    def open(self, path: Path) -> DataFile:
+        """Opens one that was made before; raises PoolFileError when it cannot serve."""
+        ...
+
+
 @dataclass(frozen=True)
 class PoolFiles:
     """Both files of a pool, open, and what they say of themselves."""
@@ -151,7 +164,9 @@ class PoolFiles:
         self.meta.close()
 
 
-def create_pool(pool_dir: Path, geometry: Geometry, block_size: int, num_blocks: int) -> PoolFiles:
+def create_pool(
+    pool_dir: Path, geometry: Geometry, block_size: int, num_blocks: int, storage: Storage = DataFile
+) -> PoolFiles:
     """Makes a new pool's files; raises StorageFullError when there is no room, and leaves nothing behind then."""
     pool_id = secrets.token_bytes(POOL_ID_BYTES)
     header = DataHeader(pool_id, num_blocks, geometry.shape(block_size))
@@ -162,7 +177,7 @@ def create_pool(pool_dir: Path, geometry: Geometry, block_size: int, num_blocks:
     data = None
     try:
         # The .meta comes last: a pool exists when its .meta does.
-        data = DataFile.create(kv_path, header)
+        data = storage.create(kv_path, header)
         meta_file.create(meta_path, superblock)
         return PoolFiles(data, MetaFile(meta_path), geometry)
     except BaseException as error:
@@ -175,7 +190,7 @@ def create_pool(pool_dir: Path, geometry: Geometry, block_size: int, num_blocks:
         raise
 
 
-def find_pool(pool_dir: Path) -> tuple[PoolFiles | None, list[str]]:
+def find_pool(pool_dir: Path, storage: Storage = DataFile) -> tuple[PoolFiles | None, list[str]]:
     """Opens the pool that lies in the directory, if any, and tells which leftovers it removed.
 
     A .kv alone is a creation that was cut short, or its .meta was deleted; a .meta alone has lost its bytes. Neither
@@ -192,17 +207,17 @@ def find_pool(pool_dir: Path) -> tuple[PoolFiles | None, list[str]]:
         )
     kept = {f"{stem}.{suffix}" for stem in whole for suffix in ("kv", "meta")}
     removed = sorted(names - kept)
-    files = _open_pool(pool_dir / whole[0]) if whole else None
+    files = _open_pool(pool_dir / whole[0], storage) if whole else None
     for name in removed:
         (pool_dir / name).unlink()
     return files, removed
 
 
-def _open_pool(stem: Path) -> PoolFiles:
+def _open_pool(stem: Path, storage: Storage) -> PoolFiles:
     with ExitStack() as undo:
         meta = MetaFile(stem.with_suffix(".meta"))
         undo.callback(meta.close)
-        data = DataFile.open(stem.with_suffix(".kv"))
+        data = storage.open(stem.with_suffix(".kv"))
         undo.callback(data.close)
         geometry = Geometry.from_json(meta.superblock.geometry_json)
         _require_pair(stem, meta.superblock, data.header, geometry)
