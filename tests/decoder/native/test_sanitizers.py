@@ -45,6 +45,9 @@ def _run_kernel_tests(library: Path, environment: dict[str, str], selection: str
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    # Tests that could not load the library would be skipped, and name it.
+    assert " passed" in done.stdout, done.stdout[-4000:]
+    assert str(library) not in done.stdout, done.stdout[-4000:]
     assert "WARNING: ThreadSanitizer" not in done.stderr + done.stdout
 
 
