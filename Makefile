@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-long lint types stubs clean
+.PHONY: help demo test test-long gpu lint types stubs clean
 
 help:
 	@echo 'make demo       set up, start both services with the bundled model, chat, 32 concurrent requests, stop'
 	@echo 'make test       set up, lint, types, tests (ten minutes at most on two cores)'
 	@echo 'make test-long  the slow rest: the whole parity matrix, the whole demo-model check'
+	@echo 'make gpu        check and time the cuda backend; without a GPU, say what was skipped'
 	@echo 'make stubs      generate protos/*_pb2* anew from the .proto files'
 	@echo 'make clean      remove .venv and caches'
 
@@ -43,6 +44,10 @@ test: lint types
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+
+gpu: $(READY)
+	@! command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install --quiet --editable '.[decoder-cuda]'
+	$(BIN)/python -m tests.bench.gpu
 
 stubs: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m protos.generate

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
-from services.decoder.ops.cuda.driver import CudaDriver, CudaDriverError
+from services.decoder.ops.cuda.driver import CudaDriver, CudaError
 from tests.bench.gpu_models import GEOMETRY, TimedModel, mlx_lm_model, random_model
 from tests.decoder.cuda import checks
 
@@ -38,7 +37,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         driver = CudaDriver()
-    except CudaDriverError as error:
+    except CudaError as error:
         print(f"skipped: kernels, parity, batch invariance, speed: {error}")
         return
     print(f"{driver.name}, {driver.multiprocessors} multiprocessors, MLX {mx.__version__}")
@@ -104,5 +103,4 @@ def _read_bandwidth(driver: CudaDriver) -> float:
 
 
 if __name__ == "__main__":
-    np.random.default_rng(0)
     main()

@@ -93,7 +93,8 @@ def shared_bytes(geometry: Geometry) -> int:
     attention = 2 * 8 * 32 * geometry.head_dim * 2 + 2048
     window = (4 * 32 * 2 + 32 * 8 * 4) * geometry.head_dim + 16384
     stages = 3 * 64 * 256 + 16 * 8 * 512 + 512
-    return -(-(table + small + max(parts, attention, window, stages)) // 128) * 128
+    arriving = 16 * (4096 + 8 * 16 * (8 if geometry.wide_scales else 4))
+    return -(-(table + small + max(arriving + parts, attention, window, stages)) // 128) * 128
 
 
 def kernel_text() -> str:

@@ -159,7 +159,7 @@ struct AttentionShared {
     int is_last[2];
 };
 
-static_assert(TABLE_BYTES + sizeof(SmallShared) - sizeof(SmallShared::parts) + sizeof(AttentionShared) <= LH_SHARED_BYTES, "");
+static_assert(TURNS_AT + sizeof(AttentionShared) <= LH_SHARED_BYTES, "");
 static_assert(TABLE_BYTES + sizeof(SmallShared) <= LH_SHARED_BYTES, "");
 
 __device__ __forceinline__ void group_sync(int group) {
@@ -224,7 +224,7 @@ __device__ __forceinline__ void put_attended(const Table& table, int row, int kv
 
 // One split of one row and K/V head by a group of 8 warps; the group that ends last folds the splits.
 __device__ __forceinline__ void attend_split(const Table& table, const Step& step, int layer, int row, int kv_head, int split) {
-    AttentionShared& shared = *reinterpret_cast<AttentionShared*>(small().parts);
+    AttentionShared& shared = *reinterpret_cast<AttentionShared*>(turns());
     const int warp = threadIdx.x >> 5, group = warp / GROUP_WARPS, mine = warp % GROUP_WARPS, lane = threadIdx.x & 31;
     const int length = step.array(AT_POSITIONS)[row] + 1, low = WINDOW && length > WINDOW ? length - WINDOW : 0;
     const int first_split = low / SPLIT_KEYS, splits = (length - 1) / SPLIT_KEYS + 1 - first_split;

@@ -9,7 +9,7 @@ struct WindowShared {
     float4 totals[WARPS][WARP_ROWS][DIM_TILES * 32];
     float2 tops[WARPS][WARP_ROWS][32], sums[WARPS][WARP_ROWS][32];
 };
-static_assert(TABLE_BYTES + sizeof(SmallShared) - sizeof(SmallShared::parts) + sizeof(WindowShared) <= LH_SHARED_BYTES, "");
+static_assert(TURNS_AT + sizeof(WindowShared) <= LH_SHARED_BYTES, "");
 
 __device__ __forceinline__ int key_chunk(int key, int chunk) { return key * HEAD_DIM * 2 + ((chunk ^ ((key & 1) << 2)) * 16); }
 
@@ -92,7 +92,7 @@ __device__ __forceinline__ void end_split(const RowState& state, WindowShared& s
 
 // Rows [from, from + count) of one sequence, count at most WINDOW_ROWS.
 __device__ __forceinline__ void attend_window(const Table& table, const Step& step, int layer, int from, int count, int kv_head) {
-    WindowShared& shared = *reinterpret_cast<WindowShared*>(small().parts);
+    WindowShared& shared = *reinterpret_cast<WindowShared*>(turns());
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const Keys keys(table, step, layer, from, kv_head);
     // Rows of a sequence follow each other; those past the last one repeat work that nobody reads.

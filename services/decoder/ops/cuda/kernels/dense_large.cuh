@@ -12,7 +12,7 @@ struct LargeShared {
     float4 totals[WARPS][BLOCK_TILES][32]; // of the splits before: registers are for the present one
 };
 
-__device__ __forceinline__ LargeShared& large() { return *reinterpret_cast<LargeShared*>(small().parts); }
+__device__ __forceinline__ LargeShared& large() { return *reinterpret_cast<LargeShared*>(turns()); }
 
 // Rows lie 256 bytes apart; odd ones are swizzled so that eight threads read eight different chunks.
 __device__ __forceinline__ int chunk_at(int row, int chunk) { return (row * STAGE_CHUNKS + (chunk ^ ((row & 1) << 2))) * 16; }

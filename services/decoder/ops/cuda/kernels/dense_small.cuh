@@ -3,7 +3,7 @@ namespace lh {
 
 constexpr int COLUMN_TILES = SMALL_ROWS / 8;
 
-// Shared memory of a small step. `parts` and the attention's area are used in turns.
+// Shared memory of a small step. What begins at `arriving` is used in turns with the areas of attention and of large steps.
 struct SmallShared {
     float inverse[SMALL_ROWS]; // 1 / root mean square of each row
     int num_active, last_split[2];
@@ -11,10 +11,15 @@ struct SmallShared {
     unsigned short lists[EXPERTS][SMALL_ROWS];          // assignments of each expert, in the order of rows
     unsigned short counts[EXPERTS], active[EXPERTS];
     float weights[SMALL_ROWS * TOPK];
+    alignas(128) char arriving[WARPS][WEIGHT_BYTES];
     alignas(128) float4 parts[2][WARPS][COLUMN_TILES * 32];
 };
 
 __device__ __forceinline__ SmallShared& small() { return *reinterpret_cast<SmallShared*>(shared_bytes + TABLE_BYTES); }
+
+__device__ __forceinline__ char* turns() { return small().arriving[0]; }
+__device__ __forceinline__ char* weight_area() { return small().arriving[threadIdx.x >> 5]; }
+constexpr int TURNS_AT = TABLE_BYTES + int(sizeof(SmallShared) - sizeof(SmallShared::parts) - sizeof(SmallShared::arriving));
 
 // The reciprocal root mean square of a row, from the sums of squares of its tiles. All 32 lanes of a warp.
 __device__ __forceinline__ float inverse_rms(const float* squares, int row) {
@@ -60,23 +65,31 @@ __device__ __forceinline__ float4 sum_splits(const float4* parts, int splits, in
     return sum;
 }
 
-// Runs all tiles of a stage: `work(index, columns)` names the layer and tile of work item `index` and fills the columns;
-// `finish(index, n, fragment)` gets each column tile of it. Splits of a tile are warps of one block.
-template <int WIDTHS, class Work, class Finish>
-__device__ __forceinline__ void for_tiles(int num_items, const Splits& splits, Work work, Finish finish) {
+// Runs all tiles of a stage: `work(index, layer, columns)` names layer, tile and columns of work item `index`, and `finish(index, n,
+// parts, splits)` gets each column tile of it. Splits of a tile are warps of one block. `ready()` is called once the first weights are
+// on their way: what `work` says must not depend on what it waits for.
+template <int WIDTHS, class Work, class Ready, class Finish>
+__device__ __forceinline__ void for_tiles(int num_items, const Splits& splits, Work work, Ready ready, Finish finish) {
     const int warp = threadIdx.x >> 5, at_once = WARPS / splits.count;
-    const int slot = warp / splits.count, split = warp % splits.count;
+    const int slot = warp / splits.count, first = warp % splits.count * splits.length, left = splits.units - first;
+    const int count = left < splits.length ? left : splits.length;
+    AnySplit<WIDTHS> split;
+    Linear w;
+    Columns x;
+    u64 base = 0;
+    int item = blockIdx.x + gridDim.x * slot;
+    const auto start = [&] {
+        if (slot >= at_once || item >= num_items) return;
+        base = work(item, w, x) * splits.units + first;
+        split.load(w, base, count);
+    };
+    start();
+    ready();
     int buffer = 0;
     for (int round = 0; blockIdx.x + gridDim.x * (round * at_once) < num_items; ++round, buffer ^= 1) {
-        const int item = blockIdx.x + gridDim.x * (round * at_once + slot);
-        if (slot < at_once && item < num_items) {
-            Linear w;
-            Columns x;
-            const u64 tile = work(item, w, x);
-            const int first = split * splits.length, left = splits.units - first;
-            split_product_any<WIDTHS>(w, tile, splits.units, first, left < splits.length ? left : splits.length, x,
-                                      small().parts[buffer][warp]);
-        }
+        if (slot < at_once && item < num_items) split.product(w, base, first, count, x, small().parts[buffer][warp]);
+        item += gridDim.x * at_once;
+        start();
         __syncthreads();
         for (int job = warp; job < at_once * COLUMN_TILES; job += WARPS) {
             const int done = blockIdx.x + gridDim.x * (round * at_once + job / COLUMN_TILES);
@@ -104,9 +117,8 @@ template <class Put> __device__ __forceinline__ void each(const float4& c, int n
     if (row + 1 < rows) put(row + 1, g, c.y), put(row + 1, g + 8, c.w);
 }
 
-LH_STAGE void qkv_small(const Table& table, const Layer& layer, Step step) {
+LH_STAGE void qkv_small(const Table& table, const Layer& layer, Step step, Grid& grid) {
     constexpr int Q_TILES = Q_ROWS / 16, KV_TILES = KV_ROWS / 16;
-    load_inverses(table, nullptr, step.rows);
     for_tiles<LH_ATTENTION_WIDTHS>(
         QKV_ROWS / 16, Splits(HIDDEN, LONG_SPLIT),
         [&](int item, Linear& w, Columns& x) -> u64 {
@@ -114,6 +126,7 @@ LH_STAGE void qkv_small(const Table& table, const Layer& layer, Step step) {
             w = item < Q_TILES ? layer.q : item < Q_TILES + KV_TILES ? layer.k : layer.v;
             return item < Q_TILES ? item : (item - Q_TILES) % KV_TILES;
         },
+        [&] { grid.barrier(), load_inverses(table, nullptr, step.rows), __syncthreads(); },
         [&](int item, int n, const float4* parts, int splits) {
             if (n * 8 >= step.rows) return;
             each(sum_splits(parts, splits, n), n, step.rows, [&](int row, int output, float value) {
@@ -122,7 +135,7 @@ LH_STAGE void qkv_small(const Table& table, const Layer& layer, Step step) {
         });
 }
 
-LH_STAGE void out_proj_small(const Table& table, const Layer& layer, Step step) {
+LH_STAGE void out_proj_small(const Table& table, const Layer& layer, Step step, Grid& grid) {
     for_tiles<LH_ATTENTION_WIDTHS>(
         HIDDEN_TILES, Splits(Q_ROWS, LONG_SPLIT),
         [&](int item, Linear& w, Columns& x) -> u64 {
@@ -130,6 +143,7 @@ LH_STAGE void out_proj_small(const Table& table, const Layer& layer, Step step) 
             w = layer.o;
             return item;
         },
+        [&] { grid.barrier(); },
         [&](int item, int n, const float4* parts, int splits) {
             if (n * 8 >= step.rows) return;
             const float4 c = sum_splits(parts, splits, n);
@@ -152,8 +166,7 @@ LH_STAGE void out_proj_small(const Table& table, const Layer& layer, Step step) 
         });
 }
 
-LH_STAGE void router_small(const Table& table, const Layer& layer, Step step) {
-    load_inverses(table, nullptr, step.rows);
+LH_STAGE void router_small(const Table& table, const Layer& layer, Step step, Grid& grid) {
     for_tiles<LH_ROUTER_WIDTHS>(
         (EXPERTS + 15) / 16, Splits(HIDDEN, ROUTER_SPLIT),
         [&](int item, Linear& w, Columns& x) -> u64 {
@@ -161,6 +174,7 @@ LH_STAGE void router_small(const Table& table, const Layer& layer, Step step) {
             w = layer.router;
             return item;
         },
+        [&] { grid.barrier(), load_inverses(table, nullptr, step.rows), __syncthreads(); },
         [&](int item, int n, const float4* parts, int splits) {
             if (n * 8 >= step.rows) return;
             each(sum_splits(parts, splits, n), n, step.rows, [&](int row, int output, float value) {
@@ -173,7 +187,6 @@ LH_STAGE void router_small(const Table& table, const Layer& layer, Step step) {
 // Logits of sample rows [from, from + rows), at most SMALL_ROWS.
 LH_STAGE void head_small(const Table& table, Step step, int from, int rows) {
     const int* ids = step.array(AT_SAMPLE_ROWS) + from;
-    load_inverses(table, ids, rows);
     for_tiles<LH_HEAD_WIDTHS>(
         (VOCAB + 15) / 16, Splits(HIDDEN, LONG_SPLIT),
         [&](int item, Linear& w, Columns& x) -> u64 {
@@ -184,6 +197,7 @@ LH_STAGE void head_small(const Table& table, Step step, int from, int rows) {
             w = table.head;
             return item;
         },
+        [&] { load_inverses(table, ids, rows), __syncthreads(); },
         [&](int item, int n, const float4* parts, int splits) {
             if (n * 8 >= rows) return;
             each(sum_splits(parts, splits, n), n, rows, [&](int row, int output, float value) {

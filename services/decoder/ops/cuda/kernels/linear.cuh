@@ -101,14 +101,28 @@ __device__ __forceinline__ void touch(const Columns& x, int n, int first, int co
     }
 }
 
-// One split of one tile: the sum over units [first, first + count) for all columns, left at `out` as fragments, a vector a thread
-// and column tile. Loads of 32 registers are in flight at once.
+// c += one unit's product, for all columns.
 template <int BITS, int TILES>
-__device__ __forceinline__ void split_product(const Linear& w, u64 tile, int units, int first, int count, const Columns& x,
-                                              float4* out) {
+__device__ __forceinline__ void unit_product(const Raw<BITS>& raw, const Columns& x, int unit, float (&c)[TILES][4]) {
+    const int quad = (threadIdx.x & 3) * 8;
+#pragma unroll
+    for (int span = 0; span < 2; ++span) {
+        u32 a[2][4];
+        fragments<BITS>(raw, span, a);
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+            const uint4 b = load_column(x, n, unit * UNIT + span * 32 + quad);
+            mma(c[n], a[0], b.x, b.y);
+            mma(c[n], a[1], b.z, b.w);
+        }
+    }
+}
+
+// One split of one tile, its weights straight into registers: where a warp has many short splits.
+template <int BITS, int TILES>
+__device__ __forceinline__ void direct_product(const Linear& w, u64 base, int first, int count, const Columns& x, float4* out) {
     constexpr int AHEAD = 32 / BITS;
-    const int lane = threadIdx.x & 31, quad = (lane & 3) * 8;
-    const u64 base = tile * units + first;
+    const int lane = threadIdx.x & 31;
     float c[TILES][4];
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
@@ -124,37 +138,122 @@ __device__ __forceinline__ void split_product(const Linear& w, u64 tile, int uni
         for (int i = 0; i < AHEAD; ++i) {
             if (from + i >= count) break;
             asm volatile("" ::: "memory"); // columns of later units are not loaded yet: their registers are needed
-#pragma unroll
-            for (int span = 0; span < 2; ++span) {
-                u32 a[2][4];
-                fragments<BITS>(raw[i], span, a);
-#pragma unroll
-                for (int n = 0; n < TILES; ++n) {
-                    const uint4 b = load_column(x, n, (first + from + i) * UNIT + span * 32 + quad);
-                    mma(c[n], a[0], b.x, b.y);
-                    mma(c[n], a[1], b.z, b.w);
-                }
-            }
+            unit_product<BITS, TILES>(raw[i], x, first + from + i, c);
         }
     }
 #pragma unroll
     for (int n = 0; n < TILES; ++n) out[n * 32 + lane] = make_float4(c[n][0], c[n][1], c[n][2], c[n][3]);
 }
 
-// Any of the widths that the checkpoint has in this place: WIDTHS is their sum, 4, 8 and 16.
 template <int WIDTHS>
-__device__ __forceinline__ void split_product_any(const Linear& w, u64 tile, int units, int first, int count, const Columns& x,
-                                                  float4* out) {
+__device__ __forceinline__ void direct_product_any(const Linear& w, u64 base, int first, int count, const Columns& x, float4* out) {
     if constexpr (WIDTHS & (WIDTHS - 1)) {
         constexpr int LOWEST = WIDTHS & -WIDTHS;
-        if (w.bits == LOWEST) split_product_any<LOWEST>(w, tile, units, first, count, x, out);
-        else split_product_any<WIDTHS - LOWEST>(w, tile, units, first, count, x, out);
+        if (w.bits == LOWEST) direct_product_any<LOWEST>(w, base, first, count, x, out);
+        else direct_product_any<WIDTHS - LOWEST>(w, base, first, count, x, out);
     } else {
-        if (x.tiles == 1) split_product<WIDTHS, 1>(w, tile, units, first, count, x, out);
-        else if (x.tiles == 2) split_product<WIDTHS, 2>(w, tile, units, first, count, x, out);
-        else split_product<WIDTHS, 4>(w, tile, units, first, count, x, out);
+        if (x.tiles == 1) direct_product<WIDTHS, 1>(w, base, first, count, x, out);
+        else if (x.tiles == 2) direct_product<WIDTHS, 2>(w, base, first, count, x, out);
+        else direct_product<WIDTHS, 4>(w, base, first, count, x, out);
     }
 }
+
+// Shared memory in which each warp's next weights arrive, and their scales.
+constexpr int WEIGHT_BYTES = 4096 + 8 * 16 * int(sizeof(Scale));
+__device__ __forceinline__ char* weight_area();
+
+__device__ __forceinline__ void copy16(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+}
+
+// One split of one tile: the sum over units [first, first + count) for all columns. Copies of its first 4 KiB are started early, so
+// that they are on their way while a warp finishes its last tile or waits for other blocks; they take no registers.
+template <int BITS> struct Split {
+    static constexpr int AHEAD = 32 / BITS, VECTORS = BITS / 4;
+
+    __device__ __forceinline__ void load(const Linear& w, u64 base, int count) {
+        const int lane = threadIdx.x & 31;
+        char* area = weight_area();
+        __syncwarp(); // the warp has read what was there
+        const uint4* from = w.tiles + base * (BITS * 8) + lane;
+#pragma unroll
+        for (int i = 0; i < AHEAD * VECTORS; ++i)
+            if (i < count * VECTORS) copy16(area + (i * 32 + lane) * 16, from + i * 32);
+        if constexpr (BITS < 16) {
+            const int here = (count < AHEAD ? count : AHEAD) * int(sizeof(Scale)); // vectors of 16 bytes
+            const uint4* scales = reinterpret_cast<const uint4*>(reinterpret_cast<const Scale*>(w.scales) + base * 16);
+            for (int i = lane; i < here; i += 32) copy16(area + 4096 + i * 16, scales + i);
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+
+    __device__ __forceinline__ Raw<BITS> unit(int index) const {
+        const int lane = threadIdx.x & 31;
+        const char* area = weight_area();
+        Raw<BITS> raw;
+#pragma unroll
+        for (int i = 0; i < VECTORS; ++i) raw.v[i] = reinterpret_cast<const uint4*>(area)[(index * VECTORS + i) * 32 + lane];
+        if (BITS < 16) {
+            const Scale* scales = reinterpret_cast<const Scale*>(area + 4096) + index * 16;
+            raw.low = scales[lane >> 2], raw.high = scales[(lane >> 2) + 8];
+        }
+        return raw;
+    }
+
+    // Leaves the sum at `out` as fragments, a vector a thread and column tile.
+    template <int TILES>
+    __device__ __forceinline__ void product(const Linear& w, u64 base, int first, int count, const Columns& x, float4* out) {
+        const int lane = threadIdx.x & 31;
+        float c[TILES][4];
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+            c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.0f;
+            touch(x, n, first, count);
+        }
+        for (int from = 0; from < count; from += AHEAD) {
+            if (from) load(w, base + from, count - from);
+            asm volatile("cp.async.wait_all;" ::: "memory");
+            __syncwarp();
+            // Hardly unrolled: the whole step must stay in the instruction cache, for each stage runs once a layer.
+#pragma unroll(TILES == 1 ? 2 : 1)
+            for (int i = 0; i < AHEAD && from + i < count; ++i) {
+                unit_product<BITS, TILES>(unit(i), x, first + from + i, c);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) out[n * 32 + lane] = make_float4(c[n][0], c[n][1], c[n][2], c[n][3]);
+    }
+
+    __device__ __forceinline__ void product(const Linear& w, u64 base, int first, int count, const Columns& x, float4* out) {
+        if (x.tiles == 1) product<1>(w, base, first, count, x, out);
+        else if (x.tiles == 2) product<2>(w, base, first, count, x, out);
+        else product<4>(w, base, first, count, x, out);
+    }
+};
+
+// Any of the widths that the checkpoint has in this place: WIDTHS is their sum, 4, 8 and 16. Loads start early where there is one.
+template <int WIDTHS> struct AnySplit {
+    static constexpr bool IS_ONE = (WIDTHS & (WIDTHS - 1)) == 0;
+    static constexpr int LOWEST = WIDTHS & -WIDTHS;
+    Split<LOWEST> split;
+
+    __device__ __forceinline__ void load(const Linear& w, u64 base, int count) {
+        if constexpr (IS_ONE) split.load(w, base, count);
+    }
+
+    __device__ __forceinline__ void product(const Linear& w, u64 base, int first, int count, const Columns& x, float4* out) {
+        if constexpr (IS_ONE) {
+            split.product(w, base, first, count, x, out);
+        } else if (w.bits == LOWEST) {
+            split.load(w, base, count);
+            split.product(w, base, first, count, x, out);
+        } else {
+            AnySplit<WIDTHS - LOWEST> rest;
+            if constexpr (AnySplit<WIDTHS - LOWEST>::IS_ONE) rest.load(w, base, count);
+            rest.product(w, base, first, count, x, out);
+        }
+    }
+};
 
 // How the inputs of a layer are cut: by its width alone. No more splits than a block has warps.
 struct Splits {

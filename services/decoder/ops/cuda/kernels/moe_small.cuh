@@ -104,6 +104,7 @@ LH_STAGE void gate_up_small(const Table& table, const Layer& layer, Step step) {
             w = layer.gate_up;
             return u64(expert) * TILES + item % TILES;
         },
+        [] {},
         [&](int item, int n, const float4* parts, int splits) {
             const int expert = small().active[item / TILES], count = small().counts[expert];
             if (n * 8 >= count) return;
@@ -133,8 +134,8 @@ LH_STAGE void down_small(const Table& table, const Layer& layer, Step step, cons
             Columns x;
             expert_columns(x, table.act, INTER, expert, 1);
             const int first = split * splits.length, left = splits.units - first;
-            split_product_any<LH_EXPERT_WIDTHS>(layer.down, u64(expert) * HIDDEN_TILES + tile, splits.units, first,
-                          left < splits.length ? left : splits.length, x, mine);
+            direct_product_any<LH_EXPERT_WIDTHS>(layer.down, (u64(expert) * HIDDEN_TILES + tile) * splits.units + first, first,
+                                                 left < splits.length ? left : splits.length, x, mine);
             for (int n = 0; n < x.tiles; ++n)
                 each(mine[n * 32 + lane], n, small().counts[expert], [&](int column, int output, float value) {
                     outputs[(small().lists[expert][column] * splits.count + split) * 16 + output] = value;

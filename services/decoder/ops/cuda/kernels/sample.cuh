@@ -11,7 +11,7 @@ struct SampleShared {
 
 // A block a row. The order of every sum is fixed: a warp's share of the vocabulary, lanes within 32 neighbours, warps in turn.
 LH_STAGE void sample_row(const Table& table, Step step, int index) {
-    SampleShared& shared = *reinterpret_cast<SampleShared*>(small().parts);
+    SampleShared& shared = *reinterpret_cast<SampleShared*>(turns());
     constexpr int SHARE = (VOCAB + WARPS * 32 - 1) / (WARPS * 32) * 32;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const int from = warp * SHARE, to = from + SHARE < VOCAB ? from + SHARE : VOCAB;

@@ -28,24 +28,22 @@ LH_STAGE void embed(const Table& table, Step step) {
     }
 }
 
+// Stages that begin with weights start to load them before they wait for the stage before.
 __device__ __forceinline__ void layer_small(const Table& table, const Step& step, int index, Grid& grid) {
     const Layer& layer = table.layers[index];
-    qkv_small(table, layer, step);
+    qkv_small(table, layer, step, grid);
     grid.barrier();
     rope_rows(table, layer, index, step);
     grid.barrier();
     attention_small(table, step, index);
-    grid.barrier();
-    out_proj_small(table, layer, step);
-    grid.barrier();
-    router_small(table, layer, step);
+    out_proj_small(table, layer, step, grid);
+    router_small(table, layer, step, grid);
     grid.barrier();
     load_inverses(table, nullptr, step.rows);
     group_small(table, step);
     gate_up_small(table, layer, step);
     grid.barrier();
     down_small(table, layer, step, index + 1 < LAYERS ? table.layers[index + 1].input_norm : table.final_norm);
-    grid.barrier();
 }
 
 __device__ __forceinline__ void layer_large(const Table& table, const Step& step, int index, Grid& grid) {
@@ -90,11 +88,12 @@ template <bool IS_LARGE> __device__ __forceinline__ void run_step(const Table& t
     Grid grid{table.barriers + launch % 64, 0};
     const Step step = step_of(table, launch);
     embed(table, step);
-    grid.barrier();
+    if constexpr (IS_LARGE) grid.barrier();
     for (int index = 0; index < LAYERS; ++index) {
         if constexpr (IS_LARGE) layer_large(table, step, index, grid);
         else layer_small(table, step, index, grid);
     }
+    if constexpr (!IS_LARGE) grid.barrier();
     for (int from = 0; from < step.sample_rows; from += SMALL_ROWS)
         head_small(table, step, from, step.sample_rows - from < SMALL_ROWS ? step.sample_rows - from : SMALL_ROWS);
     grid.barrier();
