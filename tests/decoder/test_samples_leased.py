@@ -127,3 +127,13 @@ async def test_aborting_them_all_at_any_time_gives_everything_back(start_manager
         await assert_all_free(manager)
         counts = await stats(manager)
         assert counts.free + counts.cached == NUM_BLOCKS
+
+
+async def test_reserved_in_full_samples_run_one_after_another_where_only_one_fits(start_manager: StartManager) -> None:
+    manager = start_manager("--num-blocks", "9")
+    settings = EngineSettings(max_seqs=4, kv_capacity=8 * BLOCK, max_num_batched_tokens=64, reserve_full=True)
+    requests = samples_of("reserved", 3, 2 * BLOCK + 5, 20)
+    async with Decoder(manager.address, settings=settings) as decoder:
+        decoder.harness.engine.submit(*requests)
+        await check(decoder, requests)
+        await assert_all_free(manager)

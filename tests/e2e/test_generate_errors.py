@@ -48,7 +48,7 @@ BAD: list[tuple[dict[str, Any], grpc.StatusCode, str, str]] = [
     ({"stop": {"token_ids": [9_999_999]}}, INVALID, "stop.token_ids[0]", "send ids of this model"),
     ({"logprobs": 21}, INVALID, "logprobs", "send at most 20"),
     ({"n": 0}, INVALID, "n", "send 1"),
-    ({"n": 2}, UNSERVED, "n", "send 2 requests"),
+    ({"n": 17}, INVALID, "n", "send 1 to 16 samples"),
     ({"structured_output": {"regex": "a"}}, UNSERVED, "structured_output", "leave it out"),
 ]
 
