@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,10 +23,6 @@ LIMIT_S = 120.0
 RETURN_LIMIT_S = 20.0
 _POLL_S = 0.1
 _MAX_EXHAUSTED = 400
-# What gRPC prints when its server stops in the moment that a call arrives: nothing of ours is in it.
-_GRPC_AT_ITS_END = re.compile(
-    r"Traceback \(most recent call last\):\n  File .*_schedule_rpc_coro\nasyncio\.exceptions\.CancelledError\n"
-)
 _TALLIED = ("preempted", "evicted", "hits", "deduplicated", "revoked")
 
 
@@ -232,7 +227,7 @@ class Run:
             if code != 0:
                 raise ChaosError(f"{name} ended with {code} after SIGTERM")
         for service in self.host.lives:
-            if "Traceback" in _GRPC_AT_ITS_END.sub("", service.log()):
+            if service.has_traceback():
                 raise ChaosError(f"a traceback in {service.log_path}")
 
     def _judge_files(self) -> None:

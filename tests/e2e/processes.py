@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,11 @@ from services.healthcheck import is_serving
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_MODEL = ROOT / "services" / "decoder" / "demo_model" / "checkpoint"
 DEADLINE_S = 60.0
+
+# What gRPC prints when its server stops in the moment that a call arrives: nothing of ours is in it.
+_GRPC_AT_ITS_END = re.compile(
+    r"Traceback \(most recent call last\):\n  File .*_schedule_rpc_coro\nasyncio\.exceptions\.CancelledError\n"
+)
 
 MANAGER_SERVICE = "leasehold.v1.KVManager"
 DECODER_SERVICE = "leasehold.v1.Decoder"
@@ -52,6 +58,10 @@ class Service:
     def log(self) -> str:
         """Everything it wrote so far."""
         return self.log_path.read_text(encoding="utf-8", errors="replace")
+
+    def has_traceback(self) -> bool:
+        """Whether it logged an exception of ours."""
+        return "Traceback" in _GRPC_AT_ITS_END.sub("", self.log())
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """Its structured log lines of one event."""
