@@ -28,5 +28,6 @@ def configure_logs(level_name: str) -> None:
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(LOG_LEVELS[level_name]),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
+        # Loggers made at import follow a later configuration, such as a test's.
+        cache_logger_on_first_use=False,
     )
