@@ -301,7 +301,8 @@ TestSafety.settings = settings(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 class TestSafetyLong(SafetyMachine.TestCase):
     """The same for much longer."""
 
-    settings = settings(TestSafety.settings, max_examples=3000, stateful_step_count=100)
+    settings = settings(TestSafety.settings, max_examples=600, stateful_step_count=100)
