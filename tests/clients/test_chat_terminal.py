@@ -64,7 +64,7 @@ class Terminal:
         assert self.process is not None
         stat = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/stat")
         async with asyncio.timeout(60):
-            while stat.read_text().rsplit(")", 1)[1].split()[0] != "S":  # noqa: ASYNC240  # /proc does not block
+            while stat.read_text().rsplit(")", 1)[1].split()[0] != "S":  # noqa: ASYNC110, ASYNC240  # another process
                 await asyncio.sleep(0)
         self.interrupt()
 
