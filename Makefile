@@ -15,19 +15,23 @@ help:
 	@echo 'make stubs      generate protos/*_pb2* anew from the .proto files'
 	@echo 'make clean      remove .venv and caches'
 
-# What users install: the services, the clients and the compiled kernels. An editable install compiles them in place.
-$(INSTALLED): pyproject.toml hatch_build.py $(wildcard services/decoder/ops/native/src/*)
+SOURCES := pyproject.toml hatch_build.py $(wildcard services/decoder/ops/native/src/*)
+
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'leasehold needs Python 3.11 or later; say make PYTHON=/path/to/python3.11'; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' || { echo 'the venv module is missing; on Debian: apt-get install python3-venv'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'  # 25.1: --group
+
+# What users install: the services, the clients and the compiled kernels. An editable install compiles them in place.
+$(INSTALLED): $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[decoder]'
 	@touch $@
 
-# What the checks need besides.
-$(READY): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --group dev
-	@touch $@
+# The same and what the checks need, resolved together: grpcio-tools 1.76 wants an older protobuf than users get.
+$(READY): $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[decoder]' --group dev
+	@touch $(INSTALLED) $@
 
 demo: $(INSTALLED)
 	$(BIN)/python -m clients.demo
