@@ -128,6 +128,15 @@ def _parser() -> argparse.ArgumentParser:
         "--pool-bytes", type=_size_argument, metavar="SIZE", help="size of the pool in bytes, such as 512MiB or 2GiB"
     )
     add("--block-size", type=int, default=16, metavar="TOKENS", help="tokens a block, a power of two (default 16)")
+    _add_limits(parser)
+    add("--metrics-listen", metavar="HOST:PORT", help="serve Prometheus metrics at http://HOST:PORT/metrics (off)")
+    add("--log-level", choices=sorted(LOG_LEVELS), default="info", help="what to log on stderr (default info)")
+    return parser
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    """How long a decoder may be silent, a lease may take to give way, and what one tenant may hold."""
+    add = parser.add_argument
     add(
         "--ttl",
         type=float,
@@ -166,9 +175,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TENANT=BLOCKS",
         help="blocks that the leases of one tenant may hold, * for every other tenant; may be repeated",
     )
-    add("--metrics-listen", metavar="HOST:PORT", help="serve Prometheus metrics at http://HOST:PORT/metrics (off)")
-    add("--log-level", choices=sorted(LOG_LEVELS), default="info", help="what to log on stderr (default info)")
-    return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
