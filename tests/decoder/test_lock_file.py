@@ -80,6 +80,7 @@ async def test_a_predecessor_that_dies_meanwhile_makes_way(pool_dir: Path, holde
     await asyncio.sleep(0)
     holder.send_signal(signal.SIGKILL)
     lock = await taking
+    assert lock.is_in_place()
     lock.close()
 
 
