@@ -41,6 +41,8 @@ class _KvDtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KvDtype.Value
     KV_DTYPE_BF16: _KvDtype.ValueType  # 1
     KV_DTYPE_F16: _KvDtype.ValueType  # 2
     KV_DTYPE_F32: _KvDtype.ValueType  # 3
+    KV_DTYPE_INT8: _KvDtype.ValueType  # 4
+    """Bytes with a float32 scale for each row of head_dim: one a token, head, layer, and K or V. The scales lie at the block's front."""
 
 class KvDtype(_KvDtype, metaclass=_KvDtypeEnumTypeWrapper): ...
 
@@ -48,6 +50,8 @@ KV_DTYPE_UNSPECIFIED: KvDtype.ValueType  # 0
 KV_DTYPE_BF16: KvDtype.ValueType  # 1
 KV_DTYPE_F16: KvDtype.ValueType  # 2
 KV_DTYPE_F32: KvDtype.ValueType  # 3
+KV_DTYPE_INT8: KvDtype.ValueType  # 4
+"""Bytes with a float32 scale for each row of head_dim: one a token, head, layer, and K or V. The scales lie at the block's front."""
 Global___KvDtype: _TypeAlias = KvDtype  # noqa: Y015
 
 class _KvLayout:
@@ -59,12 +63,16 @@ class _KvLayoutEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KvLayout.Val
     KV_LAYOUT_UNSPECIFIED: _KvLayout.ValueType  # 0
     KV_LAYOUT_HND: _KvLayout.ValueType  # 1
     """[num_layers, 2, num_kv_heads, block_size, head_dim] within a block."""
+    KV_LAYOUT_NHD: _KvLayout.ValueType  # 2
+    """[num_layers, 2, block_size, num_kv_heads, head_dim] within a block."""
 
 class KvLayout(_KvLayout, metaclass=_KvLayoutEnumTypeWrapper): ...
 
 KV_LAYOUT_UNSPECIFIED: KvLayout.ValueType  # 0
 KV_LAYOUT_HND: KvLayout.ValueType  # 1
 """[num_layers, 2, num_kv_heads, block_size, head_dim] within a block."""
+KV_LAYOUT_NHD: KvLayout.ValueType  # 2
+"""[num_layers, 2, block_size, num_kv_heads, head_dim] within a block."""
 Global___KvLayout: _TypeAlias = KvLayout  # noqa: Y015
 
 class _LayerKind:
@@ -779,7 +787,7 @@ class SealItem(_message.Message):
     num_tokens: _builtins.int
     """= block_size"""
     data_checksum: _builtins.int
-    """CRC-32 of the block's bytes, padding excluded"""
+    """CRC-32 of the block's bytes, scales included, padding excluded"""
     def __init__(
         self,
         *,
