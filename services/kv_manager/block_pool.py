@@ -71,6 +71,11 @@ class BlockPool:
         self._revoked_slots = 0
 
     @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds and that hold nothing."""
+        return len(self._free)
+
+    @property
     def num_available(self) -> int:
         """Blocks that a lease can have at once: free ones, and cached ones that can be evicted."""
         pinned = sum(block in self._cached for block in self._pins) if self._pins else 0
@@ -98,25 +103,26 @@ class BlockPool:
         A slot counts as holding one reference of each; its worker's claims say how many there are.
         """
         held: dict[int, list[int]] = {}
+        states, contents, index = self._states, self._contents, self._index
         for block, holders, is_shared, content in entries:
             if is_shared:
-                self._contents[block] = content
+                contents[block] = content
             if content is not None:
-                self._index[content.content_hash] = block
-                self.num_unverified += 1
+                index[content.content_hash] = block
             if not holders:
-                self._states[block] = _CACHED
+                states[block] = _CACHED
                 continue
             self._holders[block] = holders
-            self._states[block] = self._derived_state(block)
+            states[block] = self._derived_state(block)
             while holders:
                 slot = holders.bit_length() - 1
                 holders &= ~(1 << slot)
                 held.setdefault(slot, []).append(block)
                 if is_shared:
                     self._shared[slot][block] = 1
-        self._counts = [self._states.count(state) for state in BlockState]
-        self._free = [block for block in range(self.num_blocks - 1, -1, -1) if self._states[block] == _FREE]
+        self.num_unverified = len(index)
+        self._counts = [states.count(state) for state in BlockState]
+        self._free = [block for block in range(self.num_blocks - 1, -1, -1) if states[block] == _FREE]
         self._cached = OrderedDict.fromkeys(self._deepest_first())
         return held
 

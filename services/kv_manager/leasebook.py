@@ -9,12 +9,14 @@ from functools import lru_cache
 
 from services.kv_manager.block_pool import BlockPool
 from services.kv_manager.config import Config
+from services.kv_manager.counters import Counters
 from services.kv_manager.errors import (
     CacheIdReusedError,
     LeaseRevokedError,
     NeverFitsError,
     PoolExhaustedError,
     SealRefusedError,
+    StorageFullError,
     TenantQuotaError,
     UnknownLeaseError,
 )
@@ -24,23 +26,6 @@ from services.kv_manager.sessions import Lease, Session
 
 # Tickets of one manager life: 2^40 arrivals; the manager's epoch above them makes them grow over restarts.
 _TICKET_BITS = 40
-
-
-@dataclass(slots=True)
-class Counters:
-    """What happened since the start."""
-
-    num_acquired: int = 0
-    num_extended: int = 0
-    num_released: int = 0
-    num_exhausted: int = 0
-    num_revoked: int = 0
-    num_looked_up: int = 0
-    num_hits: int = 0
-    num_seals: int = 0
-    num_deduplicated: int = 0
-    num_preempted: int = 0
-    num_corrupt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +44,10 @@ class SealOrder:
 def rank(priority: int, age_ticket: int) -> tuple[int, int]:
     """Sorts requests: the lowest rank is served first and gives way last."""
     return -priority, age_ticket
+
+
+# cache id, blocks, priority, tenant, age ticket, prefix hashes: as LeaseBook.acquire takes them
+AcquireArguments = tuple[int, int, int, str, int | None, Sequence[bytes]]
 
 
 class LeaseBook:
@@ -120,6 +109,39 @@ class LeaseBook:
         session.leases[cache_id] = lease
         self._counters.num_acquired += 1
         return lease
+
+    def acquire_at_once(self, session: Session, items: Sequence[AcquireArguments]) -> list[Lease]:
+        """The leases that acquire would make one by one, for a fraction of the work; none where it must look at each.
+
+        What goes at once: new requests without a prefix, for blocks that are free, where nobody waits and no quota is set.
+        """
+        leases, ticket, total, worst = session.leases, self._last_ticket, 0, 0
+        for cache_id, num_blocks, priority, _, age_ticket, hashes in items:
+            if hashes or age_ticket or cache_id in leases or num_blocks > session.max_blocks:
+                return []
+            total += num_blocks
+            worst = max(worst, -priority)
+        cache_ids = {item[0] for item in items}
+        if (
+            total > self.pool.num_free
+            or len(cache_ids) < len(items)
+            or session.is_any_buried(cache_ids)
+            or self._config.tenant_quotas
+            or self.is_behind_waiters(worst, ticket + len(items))
+        ):
+            return []
+        try:
+            blocks = self.pool.take(session.slot, total)
+        except StorageFullError:  # there may be room for some
+            return []
+        made, end = [], 0
+        for cache_id, num_blocks, priority, tenant, _, _ in items:
+            ticket, start, end = ticket + 1, end, end + num_blocks
+            lease = leases[cache_id] = Lease(cache_id, blocks[start:end], priority, tenant, ticket)
+            made.append(lease)
+        self._last_ticket = ticket
+        self._counters.num_acquired += len(made)
+        return made
 
     def fork(self, session: Session, parent_id: int, cache_id: int, num_blocks: int, max_shared: int) -> Lease:
         """Creates a lease that shares the sealed blocks at the front of its parent; a repeat answers with the same."""

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from services.kv_manager.block_pool import BlockPool, BlockState
 from services.kv_manager.config import Config
+from services.kv_manager.counters import Counters
 from services.kv_manager.errors import SessionRevokedError, StaleEpochError
-from services.kv_manager.leasebook import Counters, LeaseBook
+from services.kv_manager.leasebook import LeaseBook
 from services.kv_manager.pool_check import check_pool, check_references
 from services.kv_manager.registrar import Registered, Registrar, Registration
 from services.kv_manager.sessions import LIVE, REVOKED, Clock, Lease, Session

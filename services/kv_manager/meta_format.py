@@ -11,7 +11,6 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from protos.pool_format import PAGE_BYTES, POOL_ID_BYTES
 from services.kv_manager.errors import PoolFileError
@@ -32,6 +31,7 @@ SEALED = 0x53
 # Held, but what it held is not to be trusted or found any more: its header or its data was damaged.
 VOID = 0x56
 SLOT_USED = 0x57
+_HELD = (SEALED, LEASED, VOID)
 
 # magic, version, pool_id, num_blocks, block_size, length of the geometry's JSON; then the JSON and a CRC
 _SUPER = struct.Struct("<8sI16sQII")
@@ -208,30 +208,28 @@ def pack_head(state: int, crc_so_far: int, holders: int) -> bytes:
     return HEADER_HEAD.pack(state, zlib.crc32(_HOLDERS.pack(holders), crc_so_far), holders)
 
 
-class BlockHeader(NamedTuple):
-    """A header as read back: `state` is LEASED, SEALED or VOID."""
-
-    state: int
-    holders: int
-    generation: int
-    content: Content | None
+# A header as read back: LEASED, SEALED or VOID, its holders, and what a SEALED block holds. A plain tuple, because a start
+# reads a million of them.
+BlockHeader = tuple[int, int, Content | None]
 
 
 def unpack_headers(records: bytes) -> Iterator[BlockHeader | None]:
     """Reads headers that follow each other; None for one that is damaged, or of a FREE block."""
-    view = memoryview(records)
-    start = 0
+    crc32, start = zlib.crc32, 0
     for state, crc, holders, generation, num_tokens, checksum, content_hash, parent_hash, tenant in _HEADER.iter_unpack(
         records
     ):
-        so_far = zlib.crc32(view[start + 16 : start + HEADER_BYTES], state)
-        if zlib.crc32(view[start + 8 : start + 16], so_far) != crc or state not in (LEASED, SEALED, VOID):
+        so_far = crc32(records[start + 16 : start + HEADER_BYTES], state)
+        if crc32(records[start + 8 : start + 16], so_far) != crc or state not in _HELD:
             yield None
         elif state == SEALED:
-            content = Content(content_hash, parent_hash, num_tokens, checksum, tenant, generation, so_far, False)
-            yield BlockHeader(state, holders, generation, content)
+            yield (
+                state,
+                holders,
+                Content(content_hash, parent_hash, num_tokens, checksum, tenant, generation, so_far, False),
+            )
         else:
-            yield BlockHeader(state, holders, generation, None)
+            yield state, holders, None
         start += HEADER_BYTES
 
 

@@ -57,9 +57,10 @@ def _check_headers(pool: BlockPool) -> None:
             continue
         header = headers[block]
         assert header is not None, f"the header of block {block} fails its checksum"
-        assert header.holders == holders, f"block {block}: holders {holders:b}, on file {header.holders:b}"
+        state, stated, on_file = header
+        assert stated == holders, f"block {block}: holders {holders:b}, on file {stated:b}"
         expected = fmt.SEALED if content else fmt.VOID if block in pool._contents else fmt.LEASED
-        assert header.state == expected, f"block {block} is {header.state:#x} on file and should be {expected:#x}"
-        if header.content is not None and content is not None:
-            assert header.content.content_hash == content.content_hash, f"block {block}: another hash on file"
-            assert header.content.data_checksum == content.data_checksum
+        assert state == expected, f"block {block} is {state:#x} on file and should be {expected:#x}"
+        if on_file is not None and content is not None:
+            assert on_file.content_hash == content.content_hash, f"block {block}: another hash on file"
+            assert on_file.data_checksum == content.data_checksum

@@ -46,16 +46,16 @@ class Recovered:
                 else:
                     meta.write_free([block])
                 continue
-            holders = header.holders & known
-            content = header.content
+            state, stated, content = header
+            holders = stated & known
             if content is not None and content.content_hash not in seen:
                 seen.add(content.content_hash)
-                if holders != header.holders:
+                if holders != stated:
                     meta.write_holders(block, holders, content)
                 yield block, holders, True, content
             elif not holders:
                 meta.write_free([block])
-            elif header.state == fmt.LEASED and holders.bit_count() == 1:
+            elif state == fmt.LEASED and holders.bit_count() == 1:
                 yield block, holders, False, None
             else:
                 meta.write_void(block, holders)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from functools import partial, wraps
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 from grpc.aio import ServicerContext
@@ -22,6 +22,9 @@ from services.kv_manager.scrub import Verifier
 from services.kv_manager.sessions import Lease, Session
 from services.kv_manager.streams import KeepAliveStreams, watch
 from services.kv_manager.waiting import Outcome, Waiter
+
+if TYPE_CHECKING:
+    from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 
 _log = structlog.get_logger("kv_manager.servicer")
 _MAX_WAIT_S = 60.0
@@ -116,10 +119,15 @@ class KVManagerServicer(pb_grpc.KVManagerServicer):
         translate.check_call(request.seq, request.acked_seq)
         items = translate.acquire_items(request.items)
         await self._verifier.verify_for_hits(item.prefix_hashes for item in request.items)
-        session = self._enter(request)
+        session, book = self._enter(request), self._lessor.book
         self._lessor.require_live(session)
-        results = await self._lease_all(session, self._lessor.book.acquire, items, request.wait_ms)
-        return pb.AcquireResponse(epoch=request.epoch, results=results)
+        reply = pb.AcquireResponse(epoch=request.epoch)
+        leases = book.acquire_at_once(session, items)
+        for lease in leases:
+            translate.fill_table(reply.results.add(), lease)
+        if not leases:
+            await self._lease_each(session, book.acquire, items, request.wait_ms, reply.results)
+        return reply
 
     @_unary
     async def Extend(self, request: pb.ExtendRequest, context: _Context) -> pb.ExtendResponse:
@@ -127,33 +135,37 @@ class KVManagerServicer(pb_grpc.KVManagerServicer):
         items = translate.extend_items(request.items)
         session = self._enter(request)
         self._lessor.require_live(session)
-        results = await self._lease_all(session, self._lessor.book.extend, items, request.wait_ms)
-        return pb.ExtendResponse(epoch=request.epoch, results=results)
+        reply = pb.ExtendResponse(epoch=request.epoch)
+        await self._lease_each(session, self._lessor.book.extend, items, request.wait_ms, reply.results)
+        return reply
 
-    async def _lease_all(
-        self, session: Session, lease: Callable[..., Lease], items: Sequence[tuple[Any, ...]], wait_ms: int
-    ) -> list[pb.LeaseResult]:
+    async def _lease_each(
+        self,
+        session: Session,
+        lease: Callable[..., Lease],
+        items: Sequence[tuple[Any, ...]],
+        wait_ms: int,
+        results: RepeatedCompositeFieldContainer[pb.LeaseResult],
+    ) -> None:
         """One result for each item, in order; those that find too few blocks wait as long as they may.
 
         Each item is the arguments of lease, the cache id first.
         """
-        results: list[pb.LeaseResult] = []
-        waits: list[tuple[int, Waiter, _Future]] = []
+        waits: list[tuple[pb.LeaseResult, Waiter, _Future]] = []
         for item in items:
+            result = results.add()
             try:
-                results.append(translate.table_result(lease(session, *item)))
+                translate.fill_table(result, lease(session, *item))
             except PoolExhaustedError as error:
                 if wait_ms:
-                    waits.append((len(results), *self._wait(session, partial(lease, session, *item), error, wait_ms)))
-                    results.append(pb.LeaseResult())
+                    waits.append((result, *self._wait(session, partial(lease, session, *item), error, wait_ms)))
                 else:
-                    results.append(self._error_result(item[0], error))
+                    self._fill_error(result, item[0], error)
             except ManagerError as error:
-                results.append(self._error_result(item[0], error))
+                self._fill_error(result, item[0], error)
         if waits:
             self._wake_ticker()
-            await self._settle_all(waits, results)
-        return results
+            await self._settle_all(waits)
 
     def _wait(
         self,
@@ -177,22 +189,23 @@ class KVManagerServicer(pb_grpc.KVManagerServicer):
         )
         return waiter, future
 
-    async def _settle_all(self, waits: list[tuple[int, Waiter, _Future]], results: list[pb.LeaseResult]) -> None:
+    async def _settle_all(self, waits: list[tuple[pb.LeaseResult, Waiter, _Future]]) -> None:
         try:
             await asyncio.gather(*(future for _, _, future in waits))
         finally:
             for _, waiter, _ in waits:
                 self._lessor.waiting.cancel(waiter)
-        for index, waiter, future in waits:
+        for result, waiter, future in waits:
             outcome = future.result()
             if isinstance(outcome, ManagerError):
-                results[index] = self._error_result(waiter.cache_id, outcome)
+                self._fill_error(result, waiter.cache_id, outcome)
             else:
-                results[index] = translate.table_result(outcome)
+                translate.fill_table(result, outcome)
 
-    def _error_result(self, cache_id: int, error: ManagerError) -> pb.LeaseResult:
+    def _fill_error(self, result: pb.LeaseResult, cache_id: int, error: ManagerError) -> None:
         self._lessor.counters.num_exhausted += isinstance(error, PoolExhaustedError)
-        return pb.LeaseResult(cache_id=cache_id, error=to_status(error))
+        result.cache_id = cache_id
+        result.error.CopyFrom(to_status(error))
 
     @_unary
     async def Fork(self, request: pb.ForkRequest, context: _Context) -> pb.ForkResponse:
@@ -200,16 +213,17 @@ class KVManagerServicer(pb_grpc.KVManagerServicer):
         translate.check_fork_items(request.items)
         session = self._enter(request)
         self._lessor.require_live(session)
-        results = []
+        reply = pb.ForkResponse(epoch=request.epoch)
         for item in request.items:
+            result = reply.results.add()
             try:
                 lease = self._lessor.book.fork(
                     session, item.parent_cache_id, item.cache_id, item.num_blocks, item.max_shared_blocks
                 )
-                results.append(translate.table_result(lease))
+                translate.fill_table(result, lease)
             except ManagerError as error:
-                results.append(self._error_result(item.cache_id, error))
-        return pb.ForkResponse(epoch=request.epoch, results=results)
+                self._fill_error(result, item.cache_id, error)
+        return reply
 
     @_unary
     async def Seal(self, request: pb.SealRequest, context: _Context) -> pb.SealResponse:

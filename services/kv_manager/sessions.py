@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 
 from services.kv_manager.errors import StaleCallError, UnackedCallsError
@@ -122,6 +122,10 @@ class Session:
     def is_buried(self, cache_id: int) -> bool:
         """Whether the cache id was released in this session."""
         return cache_id in self._tombstones
+
+    def is_any_buried(self, cache_ids: Set[int]) -> bool:
+        """Whether one of them was released in this session."""
+        return not self._tombstones.isdisjoint(cache_ids)
 
     @property
     def num_tombstones(self) -> int:

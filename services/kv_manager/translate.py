@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from protos import kv_manager_pb2 as pb
 from protos.pool_format import DATA_OFFSET_BYTES
@@ -11,7 +11,7 @@ from services.kv_manager.block_pool import BlockState
 from services.kv_manager.errors import InvalidRequestError
 from services.kv_manager.events import Event
 from services.kv_manager.geometry import FINGERPRINT_BYTES, Geometry
-from services.kv_manager.leasebook import SealOrder
+from services.kv_manager.leasebook import AcquireArguments, SealOrder
 from services.kv_manager.lessor import Lessor
 from services.kv_manager.meta_format import WorkerRecord
 from services.kv_manager.pool_file import PoolFiles
@@ -24,8 +24,8 @@ _MAX_LAYERS = 512
 _MAX_TENANT_CHARACTERS = 256
 _HASH_BYTES = 32
 
-_DTYPES = {pb.KV_DTYPE_BF16: "bf16", pb.KV_DTYPE_F16: "f16", pb.KV_DTYPE_F32: "f32"}
-_LAYOUTS = {pb.KV_LAYOUT_HND: "hnd"}
+_DTYPES = {pb.KV_DTYPE_BF16: "bf16", pb.KV_DTYPE_F16: "f16", pb.KV_DTYPE_F32: "f32", pb.KV_DTYPE_INT8: "int8"}
+_LAYOUTS = {pb.KV_LAYOUT_HND: "hnd", pb.KV_LAYOUT_NHD: "nhd"}
 _DTYPE_OF = {name: value for value, name in _DTYPES.items()}
 _LAYOUT_OF = {name: value for value, name in _LAYOUTS.items()}
 
@@ -79,8 +79,8 @@ def _geometry(message: pb.Geometry) -> Geometry:
     require(group.kind == pb.LAYER_KIND_FULL_ATTENTION, f"{field}.kind", "must be LAYER_KIND_FULL_ATTENTION")
     require(1 <= group.num_kv_heads <= 1 << 12, f"{field}.num_kv_heads", "must be 1 to 4096")
     require(1 <= group.head_dim <= 1 << 12, f"{field}.head_dim", "must be 1 to 4096 elements")
-    require(message.kv_dtype in _DTYPES, "geometry.kv_dtype", "must be one of bf16, f16 and f32")
-    require(message.layout in _LAYOUTS, "geometry.layout", "must be KV_LAYOUT_HND")
+    require(message.kv_dtype in _DTYPES, "geometry.kv_dtype", f"must be one of {', '.join(_DTYPE_OF)}")
+    require(message.layout in _LAYOUTS, "geometry.layout", f"must be one of {', '.join(_LAYOUT_OF)}")
     require(
         len(message.model_fingerprint) == FINGERPRINT_BYTES,
         "geometry.model_fingerprint",
@@ -129,10 +129,6 @@ def check_call(seq: int, acked_seq: int) -> None:
     require(acked_seq < seq, "acked_seq", f"is {acked_seq} and must be below seq {seq}, which has not ended")
 
 
-# cache id, blocks, priority, tenant, age ticket, prefix hashes: as LeaseBook.acquire takes them
-AcquireArguments = tuple[int, int, int, str, int | None, Sequence[bytes]]
-
-
 def acquire_items(items: Iterable[pb.AcquireItem]) -> list[AcquireArguments]:
     """Every item's fields, each read once; raises InvalidRequestError for the first item whose form is wrong."""
     arguments: list[AcquireArguments] = []
@@ -144,8 +140,8 @@ def acquire_items(items: Iterable[pb.AcquireItem]) -> list[AcquireArguments]:
             raise InvalidRequestError(f"items[{index}].tenant", f"is longer than {_MAX_TENANT_CHARACTERS} characters")
         if hashes and any(len(content_hash) != _HASH_BYTES for content_hash in hashes):
             raise InvalidRequestError(f"items[{index}].prefix_hashes", f"must be of {_HASH_BYTES} bytes each")
-        ticket = item.age_ticket if item.HasField("age_ticket") else None
-        arguments.append((item.cache_id, num_blocks, item.priority, tenant, ticket, hashes))
+        # 0 is what a new arrival states, too.
+        arguments.append((item.cache_id, num_blocks, item.priority, tenant, item.age_ticket or None, hashes))
     return arguments
 
 
@@ -204,12 +200,14 @@ def event(event: Event) -> pb.Event:
     )
 
 
-def table_result(lease: Lease) -> pb.LeaseResult:
-    """A lease's table as an answer."""
-    table = pb.BlockTable(block_ids=lease.blocks, age_ticket=lease.age_ticket)
+def fill_table(result: pb.LeaseResult, lease: Lease) -> None:
+    """Puts a lease's table into an empty result; a third of the time that two constructors take."""
+    result.cache_id = lease.cache_id
+    table = result.table
+    table.block_ids.extend(lease.blocks)
+    table.age_ticket = lease.age_ticket
     if lease.num_cached_tokens:
         table.num_cached_tokens = lease.num_cached_tokens
-    return pb.LeaseResult(cache_id=lease.cache_id, table=table)
 
 
 def session_view(session: Session, now: float) -> pb.Session:
