@@ -209,18 +209,25 @@ class BlockPool:
         The last block is given back first, so that the next table of the same length comes out in the same order, and
         deeper blocks of a chain are evicted before their parents.
         """
-        contents = self._contents
+        contents, references = self._contents, self._shared[slot]
         shared: list[int] = []
-        num_let_go = 0
         if not contents or contents.keys().isdisjoint(blocks):
             freed = list(reversed(blocks))
         else:
             freed = [block for block in reversed(blocks) if block not in contents]
             shared = [block for block in reversed(blocks) if block in contents]
+        counts = {block: references[block] for block in shared}
+        leaving: list[int] = []
+        for block in shared:
+            counts[block] -= 1
+            if not counts[block]:
+                leaving.append(block)
+        remaining = [self._holders[block] & ~(1 << slot) for block in leaving]
+        # All headers first, then memory, where nothing can fail.
         try:
             self._meta.write_free(freed)
-            if shared:
-                num_let_go = self._drop_shared(slot, shared)
+            for block, holders in zip(leaving, remaining, strict=True):
+                self._write_holders(block, holders)
         except BaseException:
             self._rewrite(blocks)
             raise
@@ -232,14 +239,20 @@ class BlockPool:
         self._counts[state] -= len(freed)
         self._counts[_FREE] += len(freed)
         self._free += freed
-        return len(freed) + num_let_go
+        references.update(counts)
+        for block, holders in zip(leaving, remaining, strict=True):
+            del references[block]
+            self._note_holders(block, holders)
+        return len(freed) + remaining.count(0)
 
     def share(self, slot: int, block: int) -> None:
         """Adds a reference of the slot to a sealed or void block."""
         references = self._shared[slot]
         count = references.get(block, 0)
         if count == 0:
-            self._set_holders(block, self._holders[block] | 1 << slot)
+            holders = self._holders[block] | 1 << slot
+            self._write_holders(block, holders)
+            self._note_holders(block, holders)
         references[block] = count + 1
 
     def seal(self, slot: int, block: int, content: Content) -> int:
@@ -326,20 +339,8 @@ class BlockPool:
         for block in blocks:
             self._recount(block)
 
-    def _drop_shared(self, slot: int, blocks: Sequence[int]) -> int:
-        references = self._shared[slot]
-        num_let_go = 0
-        for block in blocks:
-            if references[block] > 1:
-                references[block] -= 1
-                continue
-            holders = self._holders[block] & ~(1 << slot)
-            self._set_holders(block, holders)
-            del references[block]
-            num_let_go += holders == 0
-        return num_let_go
-
-    def _set_holders(self, block: int, holders: int) -> None:
+    def _write_holders(self, block: int, holders: int) -> None:
+        """The header of a sealed or void block says who holds it; one that holds nothing to be found is free with its last."""
         content = self._contents[block]
         if content is not None:
             self._meta.write_holders(block, holders, content)
@@ -347,13 +348,17 @@ class BlockPool:
             self._meta.write_void(block, holders)
         else:
             self._meta.write_free([block])
-            del self._contents[block]
-            self._free.append(block)
-        if content is not None:
+
+    def _note_holders(self, block: int, holders: int) -> None:
+        """The same in memory."""
+        if self._contents[block] is None:
             if not holders:
-                self._cached[block] = None
-            elif not self._holders[block]:
-                del self._cached[block]
+                del self._contents[block]
+                self._free.append(block)
+        elif not holders:
+            self._cached[block] = None
+        elif not self._holders[block]:
+            del self._cached[block]
         self._holders[block] = holders
         self._recount(block)
 

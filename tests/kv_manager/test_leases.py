@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from services.kv_manager.errors import (
     to_status,
 )
 from services.kv_manager.sessions import MAX_TOMBSTONES
-from tests.kv_manager.helpers import Manager
+from tests.kv_manager.helpers import Manager, chain_of
 
 MakeManager = Callable[..., Manager]
 
@@ -137,6 +138,45 @@ def test_s22_an_exception_in_the_middle_of_any_operation_leaves_the_pool_consist
         manager.check()
         assert len(session.leases[1].blocks) == 3
         assert manager.lessor.counts()[BlockState.LEASED] == 3
+
+
+@pytest.mark.parametrize("fails_at", range(4))
+def test_s22_an_exception_while_shared_blocks_are_given_back_leaves_the_lease_whole(
+    make_manager: MakeManager, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    manager = make_manager(num_blocks=16)
+    session, other = manager.join(), manager.join("w2")
+    chain = chain_of("a", 3)
+    manager.acquire(session, 1, 4)
+    manager.seal_all(session, 1, chain)
+    shared = manager.acquire(other, 2, 4, prefix_hashes=chain)
+    pool = manager.lessor.pool
+    assert pool is not None
+    pool.discard(shared.blocks[1])  # void: it goes to nobody when its last holder has let go
+    manager.release(session, 1)
+    before = pool.counts()
+    stores = {name: getattr(pool.files.meta, name) for name in ("write_holders", "write_void", "write_free")}
+    num_stores = itertools.count()
+
+    def breaking(store: Callable[..., None]) -> Callable[..., None]:
+        def stored(*arguments: object) -> None:
+            if next(num_stores) == fails_at:
+                raise RuntimeError("a fault between two stores")
+            store(*arguments)
+
+        return stored
+
+    for name, store in stores.items():
+        monkeypatch.setattr(pool.files.meta, name, breaking(store))
+    with pytest.raises(RuntimeError):
+        manager.release(other, 2)
+    monkeypatch.undo()
+    assert pool.counts() == before
+    assert other.leases[2].blocks == shared.blocks
+    manager.check()
+    manager.release(other, 2)
+    assert [pool.counts()[state] for state in (BlockState.FREE, BlockState.CACHED)] == [14, 2]
+    manager.check()
 
 
 def test_s24_s30_an_exhausted_acquire_raises_and_leaves_the_id_unregistered(make_manager: MakeManager) -> None:
