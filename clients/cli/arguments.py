@@ -175,7 +175,12 @@ def add_stack_flags(parser: argparse.ArgumentParser) -> None:
         help="prompt plus output of one request (the model's maximum, or 2048 if that is smaller)",
     )
     add("--max-num-batched-tokens", type=values.whole(1, 2**31 - 1), metavar="N", help="tokens in a step (2048)")
-    add("--kv-dtype", choices=("bf16", "f16", "f32"), help="precision of K/V (the checkpoint's)")
+    add(
+        "--kv-dtype",
+        choices=("auto", "bf16", "f16", "f32", "int8"),
+        help="precision of K/V; auto is the checkpoint's, int8 takes about half of bf16's memory (auto)",
+    )
+    add("--kv-layout", choices=("hnd", "nhd"), help="order of heads and tokens within a block (hnd)")
     add("--reserve", choices=("grow", "full"), help="lease blocks as a request grows, or all at once (grow)")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(%(default)s)")
 

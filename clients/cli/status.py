@@ -51,6 +51,7 @@ def to_object(
     result["hit_rate"] = _hit_rate(stats)
     result["block_size"] = pool.block_size
     result["pool_dir"] = pool.pool_dir
+    result["kv_dtype"], result["kv_layout"] = _stored_as(pool) if pool.HasField("pool") else (None, None)
     result["leases"] = [
         {
             "worker_id": lease.worker_id,
@@ -85,7 +86,10 @@ def to_text(stats: pb.StatsResponse, listing: pb.ListLeasesResponse, pool: pb.De
         head = f"pool in {pool.pool_dir}: not made yet, its size comes from the first decoder"
     else:
         size_mib = pool.pool.num_blocks * pool.pool.block_stride_bytes / (1 << 20)
-        head = f"pool in {pool.pool_dir}: {stats.num_blocks} blocks of {pool.block_size} tokens, {size_mib:.1f} MiB"
+        head = (
+            f"pool in {pool.pool_dir}: {stats.num_blocks} blocks of {pool.block_size} tokens, {size_mib:.1f} MiB, "
+            f"{' '.join(_stored_as(pool))}"
+        )
     parts = [head, table(_COUNTS, [[getattr(stats, name) for name in _COUNTS]])]
     activity = [*(getattr(stats, name) for name in _ACTIVITY), _percent(_hit_rate(stats))]
     parts.append(table((*(name.removeprefix("num_") for name in _ACTIVITY), "prefix hits"), [activity]))
@@ -103,6 +107,13 @@ def to_text(stats: pb.StatsResponse, listing: pb.ListLeasesResponse, pool: pb.De
         ]
         parts.append(table(("lease of", "cache id", "blocks", "priority", "tenant", "block ids"), leases))
     return "\n\n".join(parts)
+
+
+def _stored_as(pool: pb.DescribePoolResponse) -> tuple[str, str]:
+    """K/V's dtype and layout, as the decoder's flags name them."""
+    geometry = pool.pool.geometry
+    dtype, layout = pb.KvDtype.Name(geometry.kv_dtype), pb.KvLayout.Name(geometry.layout)
+    return dtype.removeprefix("KV_DTYPE_").lower(), layout.removeprefix("KV_LAYOUT_").lower()
 
 
 def _hit_rate(stats: pb.StatsResponse) -> float | None:

@@ -17,7 +17,16 @@ from clients.cli.messages import describe, say
 from clients.errors import ClientError
 from clients.stack import Stack, StackConfig
 
-_DECODER_FLAGS = ("backend", "max_seqs", "kv_capacity", "max_num_batched_tokens", "kv_dtype", "reserve", "log_level")
+_DECODER_FLAGS = (
+    "backend",
+    "max_seqs",
+    "kv_capacity",
+    "max_num_batched_tokens",
+    "kv_dtype",
+    "kv_layout",
+    "reserve",
+    "log_level",
+)
 _MANAGER_FLAGS = ("num_blocks", "pool_bytes", "block_size", "log_level")
 _STILL_WAITING_S = 15.0
 

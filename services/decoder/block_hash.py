@@ -31,6 +31,7 @@ class BlockHasher:
             _number(FORMAT_VERSION),
             self._geometry.model_fingerprint,
             self._geometry.kv_dtype.encode(),
+            self._geometry.kv_layout.encode(),
             _number(self.block_size),
             b"" if self._shares_tenants else tenant.encode(),
             self._numerics_id.encode(),

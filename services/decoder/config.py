@@ -27,7 +27,8 @@ DEFAULT_KV_CAPACITY = 2048  # tokens; the model's maximum when that is smaller
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 BACKENDS = ("mlx", "native")
 PRECISIONS = ("exact", "fast")
-KV_DTYPES = ("bf16", "f16", "f32")
+KV_DTYPES = ("auto", "bf16", "f16", "f32", "int8")
+KV_LAYOUTS = ("hnd", "nhd")
 NATIVE_MODULE = "services.decoder.ops.native"
 
 _WORKER_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
@@ -56,7 +57,8 @@ class DecoderConfig:
     max_seqs: int
     kv_capacity: int | None  # tokens; None: resolve_kv_capacity decides
     max_num_batched_tokens: int
-    kv_dtype: str | None  # None: the checkpoint's
+    kv_dtype: str  # of KV_DTYPES; "auto": resolve_kv_dtype decides
+    kv_layout: str  # of KV_LAYOUTS
     paged: bool
     reserve_full: bool
     shares_prefixes_between_tenants: bool
@@ -95,6 +97,7 @@ def parse_args(argv: Sequence[str]) -> DecoderConfig:
         kv_capacity=args.kv_capacity,
         max_num_batched_tokens=args.max_num_batched_tokens,
         kv_dtype=args.kv_dtype,
+        kv_layout=args.kv_layout,
         paged=args.paged,
         reserve_full=args.reserve == "full",
         shares_prefixes_between_tenants=args.share_prefixes_between_tenants,
@@ -140,6 +143,11 @@ def resolve_precision(requested: str | None, backend: str, checkpoint_dtype: str
             raise ConfigError("--precision: fast needs --backend native; the mlx backend always computes exactly")
         return "exact"
     return requested or ("exact" if checkpoint_dtype == "f32" else "fast")
+
+
+def resolve_kv_dtype(requested: str, checkpoint_dtype: str) -> str:
+    """The precision of K/V; `auto` takes the checkpoint's."""
+    return checkpoint_dtype if requested == "auto" else requested
 
 
 def _why_no_native() -> str:
@@ -281,7 +289,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_leases(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--kv-dtype", choices=KV_DTYPES, help="precision of K/V (the checkpoint's)")
+    add(
+        "--kv-dtype",
+        choices=KV_DTYPES,
+        default="auto",
+        help="precision of K/V: auto is the checkpoint's, int8 has a scale for each token and head and takes about half of "
+        "bf16's memory (%(default)s)",
+    )
+    add(
+        "--kv-layout",
+        choices=KV_LAYOUTS,
+        default="hnd",
+        help="order within a block: heads, tokens (hnd) or tokens, heads (nhd); it changes no token (%(default)s)",
+    )
     add(
         "--paged",
         action=argparse.BooleanOptionalAction,

@@ -16,7 +16,7 @@ import structlog
 
 from protos.pool_format import PAGE_BYTES, BlockShape, DataHeader
 from protos.pool_handover import OK, REFUSED, SOCKET_NAME, Ask, receive_answer, send_ask
-from services.decoder.kv_view import NUMPY_TYPES
+from services.decoder.kv_view import check_elements, rows_of, scales_of
 
 _log = structlog.get_logger(__name__)
 _FIRST_WAIT_S = 15.0
@@ -56,13 +56,18 @@ class GpuPool:
         self._read = read
 
     def block(self, block_id: int) -> npt.NDArray[Any]:
+        """A read-only copy of a block's elements on the host."""
+        return rows_of(self.block_bytes(block_id), self.shape, self.kv_dtype)
+
+    def scales(self, block_id: int) -> npt.NDArray[np.float32]:
+        """A read-only copy of an int8 block's scales on the host."""
+        return scales_of(self.block_bytes(block_id), self.shape)
+
+    def block_bytes(self, block_id: int) -> npt.NDArray[np.uint8]:
         """A read-only copy of a block on the host, for its checksum."""
         if self._read is None:
             raise NotImplementedError("a pool in GPU memory has no view on the host")
-        shape = self.shape
-        dims = (shape.num_layers, 2, shape.num_kv_heads, shape.block_size, shape.head_dim)
-        data = self._read(block_id * shape.stride_bytes, shape.block_bytes)
-        return np.frombuffer(data, NUMPY_TYPES[self.kv_dtype]).reshape(dims)
+        return np.frombuffer(self._read(block_id * self.shape.stride_bytes, self.shape.block_bytes), np.uint8)
 
     def gather(self, block_ids: npt.NDArray[np.int32], layer: int, num_tokens: int | None = None) -> npt.NDArray[Any]:
         """Refused: see the class."""
@@ -82,8 +87,7 @@ class ManagedGpuPool(GpuPool):
         """Maps it; raises OSError or ValueError. `import_memory(num_bytes, fd)` owns the descriptor that it is given."""
         with kv_path.open("rb") as file:
             header = DataHeader.unpack(file.read(PAGE_BYTES))
-        if header.shape.element_bytes != NUMPY_TYPES[kv_dtype].itemsize:
-            raise ValueError(f"{kv_path}: elements have {header.shape.element_bytes} bytes, which is not {kv_dtype}")
+        check_elements(kv_path, header.shape, kv_dtype)
         self._kv_path = kv_path
         self._ask = Ask(worker_id, header.pool_id.hex())
         self._is_closed = False

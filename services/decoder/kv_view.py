@@ -12,33 +12,47 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 
-from protos.pool_format import DATA_OFFSET_BYTES, PAGE_BYTES, BlockShape, DataHeader
+from protos.pool_format import DATA_OFFSET_BYTES, ELEMENT_BYTES, PAGE_BYTES, SCALE_BYTES, BlockShape, DataHeader
 from protos.rich_status import make_status
 from services.decoder.errors import PoolExhaustedError
+from services.decoder.int8_rows import dequantise
 
 # bf16 has no NumPy type; its bits travel as uint16.
 NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "bf16": np.dtype(np.uint16),
     "f16": np.dtype(np.float16),
     "f32": np.dtype(np.float32),
+    "int8": np.dtype(np.int8),
 }
 
 
 class KvView(Protocol):
     """Blocks of K/V, `[num_layers, 2, num_kv_heads, block_size, head_dim]` each (K first), readable and writable in place.
 
-    A contiguous cache is one block that is as long as the capacity, so a backend needs to know of blocks only.
+    Axes are in this order whatever the layout; only strides differ. A contiguous cache is one block that is as long as the
+    capacity, so a backend needs to know of blocks only.
     """
 
-    kv_dtype: str  # "bf16", "f16" or "f32"
+    kv_dtype: str  # a key of NUMPY_TYPES
     shape: BlockShape
 
     def block(self, block_id: int) -> npt.NDArray[Any]:
-        """A writable view of one block, without a copy; bf16 comes as uint16."""
+        """A writable view of one block's elements, without a copy; bf16 comes as uint16."""
+        ...
+
+    def scales(self, block_id: int) -> npt.NDArray[np.float32]:
+        """A writable view `[num_layers, 2, num_kv_heads, block_size]` of an int8 block's scales; ValueError for others."""
+        ...
+
+    def block_bytes(self, block_id: int) -> npt.NDArray[np.uint8]:
+        """All bytes of one block as they lie, scales included and padding not."""
         ...
 
     def gather(self, block_ids: npt.NDArray[np.int32], layer: int, num_tokens: int | None = None) -> npt.NDArray[Any]:
-        """A copy [num_ids, 2, num_kv_heads, n, head_dim] of one layer of some blocks, n = min(block_size, num_tokens)."""
+        """A copy [num_ids, 2, num_kv_heads, n, head_dim] of one layer of some blocks, n = min(block_size, num_tokens).
+
+        int8 comes as float32, multiplied by its scales.
+        """
         ...
 
     def addresses(self, block_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
@@ -50,15 +64,12 @@ class PagedKv:
     """The manager's data file, mapped shared and writable. Raises OSError or ValueError when it is not what is expected."""
 
     def __init__(self, kv_path: Path, kv_dtype: str) -> None:
-        dtype = _numpy_type(kv_dtype)
+        _check_dtype(kv_dtype)
         self._path = kv_path
         self._file = os.open(kv_path, os.O_RDWR | os.O_CLOEXEC)
         try:
             header = DataHeader.unpack(os.pread(self._file, PAGE_BYTES, 0))
-            if header.shape.element_bytes != dtype.itemsize:
-                raise ValueError(
-                    f"{kv_path}: elements have {header.shape.element_bytes} bytes, but {kv_dtype} has {dtype.itemsize}"
-                )
+            check_elements(kv_path, header.shape, kv_dtype)
             self._file_bytes = header.file_bytes
             self._check_whole()
             self._map = mmap.mmap(self._file, header.file_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
@@ -68,14 +79,9 @@ class PagedKv:
         self.kv_dtype = kv_dtype
         self.shape = header.shape
         self.num_blocks = header.num_blocks
-        dims = _block_dims(header.shape)
-        strides = (header.shape.stride_bytes, *_contiguous_strides(dims, dtype.itemsize))
         # np.frombuffer, because its arrays keep the mapping from being closed under them; those of np.ndarray do not.
-        mapped = np.frombuffer(self._map, np.uint8)
-        # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
-        self._blocks: npt.NDArray[Any] = np.ndarray(
-            (header.num_blocks, *dims), dtype, buffer=mapped, offset=DATA_OFFSET_BYTES, strides=strides
-        )
+        mapped = np.frombuffer(self._map, np.uint8)[DATA_OFFSET_BYTES:]
+        self._blocks = mapped.reshape(header.num_blocks, header.shape.stride_bytes)[:, : header.shape.block_bytes]
 
     @property
     def pool_id(self) -> bytes:
@@ -85,15 +91,27 @@ class PagedKv:
 
     def block(self, block_id: int) -> npt.NDArray[Any]:
         """See `KvView.block`."""
+        return rows_of(self.block_bytes(block_id), self.shape, self.kv_dtype)
+
+    def scales(self, block_id: int) -> npt.NDArray[np.float32]:
+        """See `KvView.scales`."""
+        return scales_of(self.block_bytes(block_id), self.shape)
+
+    def block_bytes(self, block_id: int) -> npt.NDArray[np.uint8]:
+        """See `KvView.block_bytes`."""
         _check_ids(np.asarray(block_id), self.num_blocks)
-        view: npt.NDArray[Any] = self._blocks[block_id]
+        view: npt.NDArray[np.uint8] = self._blocks[block_id]
         return view
 
     def gather(self, block_ids: npt.NDArray[np.int32], layer: int, num_tokens: int | None = None) -> npt.NDArray[Any]:
         """See `KvView.gather`."""
         _check_ids(block_ids, self.num_blocks)
-        copy: npt.NDArray[Any] = self._blocks[:, layer, :, :, :num_tokens][block_ids]
-        return copy
+        copy: npt.NDArray[Any] = rows_of(self._blocks, self.shape, self.kv_dtype)[:, layer, :, :, :num_tokens][
+            block_ids
+        ]
+        if not self.shape.scale_bytes:
+            return copy
+        return dequantise(copy, scales_of(self._blocks, self.shape)[:, layer, :, :, :num_tokens][block_ids])
 
     def addresses(self, block_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
         """See `KvView.addresses`."""
@@ -103,7 +121,7 @@ class PagedKv:
 
     def close(self) -> None:
         """Unmaps the file, once the last view of a block is gone, and closes it."""
-        self._blocks = np.empty((0, *_block_dims(self.shape)), self._blocks.dtype)
+        self._blocks = np.empty((0, self.shape.block_bytes), np.uint8)
         self.num_blocks = 0
         os.close(self._file)
         with contextlib.suppress(BufferError):  # a view of a block is still alive somewhere: the mapping goes with it
@@ -122,13 +140,21 @@ class ContiguousKv:
     """
 
     def __init__(
-        self, *, num_layers: int, num_kv_heads: int, head_dim: int, kv_dtype: str, kv_capacity: int, max_seqs: int
+        self,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        kv_dtype: str,
+        kv_capacity: int,
+        max_seqs: int,
+        layout: str = "hnd",
     ) -> None:
-        self._dtype = _numpy_type(kv_dtype)
+        _check_dtype(kv_dtype)
         self.kv_dtype = kv_dtype
-        self.shape = BlockShape(num_layers, num_kv_heads, kv_capacity, head_dim, self._dtype.itemsize)
+        self.shape = BlockShape.of(kv_dtype, layout, num_layers, num_kv_heads, kv_capacity, head_dim)
         self._max_seqs = max_seqs
-        self._caches: list[npt.NDArray[Any]] = []
+        self._caches: list[npt.NDArray[np.uint8]] = []
         self._free: list[int] = []
 
     @property
@@ -150,7 +176,7 @@ class ContiguousKv:
                 f"all {self._max_seqs} contiguous caches are taken; raise --max-seqs, or send fewer requests at once"
             )
             raise PoolExhaustedError(make_status(grpc.StatusCode.RESOURCE_EXHAUSTED, message, reason="POOL_EXHAUSTED"))
-        self._caches.append(np.zeros(_block_dims(self.shape), self._dtype))
+        self._caches.append(np.zeros(self.shape.block_bytes, np.uint8))
         return len(self._caches) - 1
 
     def give_back(self, block_id: int) -> None:
@@ -161,13 +187,24 @@ class ContiguousKv:
 
     def block(self, block_id: int) -> npt.NDArray[Any]:
         """See `KvView.block`."""
+        return rows_of(self.block_bytes(block_id), self.shape, self.kv_dtype)
+
+    def scales(self, block_id: int) -> npt.NDArray[np.float32]:
+        """See `KvView.scales`."""
+        return scales_of(self.block_bytes(block_id), self.shape)
+
+    def block_bytes(self, block_id: int) -> npt.NDArray[np.uint8]:
+        """See `KvView.block_bytes`."""
         _check_ids(np.asarray(block_id), len(self._caches))
         return self._caches[block_id]
 
     def gather(self, block_ids: npt.NDArray[np.int32], layer: int, num_tokens: int | None = None) -> npt.NDArray[Any]:
         """See `KvView.gather`."""
         _check_ids(block_ids, len(self._caches))
-        return np.stack([self._caches[block_id][layer, :, :, :num_tokens] for block_id in block_ids])
+        copy = np.stack([self.block(block_id)[layer, :, :, :num_tokens] for block_id in block_ids])
+        if not self.shape.scale_bytes:
+            return copy
+        return dequantise(copy, np.stack([self.scales(block_id)[layer, :, :, :num_tokens] for block_id in block_ids]))
 
     def addresses(self, block_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
         """See `KvView.addresses`."""
@@ -192,24 +229,51 @@ def copy_tokens(
         except NotImplementedError:
             return False
         target[:, :, :, tokens] = source[:, :, :, tokens]
+        if kv.shape.scale_bytes:
+            kv.scales(int(targets[index]))[:, :, :, tokens] = kv.scales(int(sources[index]))[:, :, :, tokens]
     return True
 
 
-def _numpy_type(kv_dtype: str) -> np.dtype[Any]:
+def rows_of(blocks: npt.NDArray[np.uint8], shape: BlockShape, kv_dtype: str) -> npt.NDArray[Any]:
+    """The elements `[..., num_layers, 2, num_kv_heads, block_size, head_dim]` of blocks' bytes `[..., block_bytes]`, a view."""
+    dtype = NUMPY_TYPES[kv_dtype]
+    elements = blocks[..., shape.rows_offset_bytes : shape.block_bytes].view(dtype)
+    return _by_axis(elements.reshape(*blocks.shape[:-1], *_order(shape), shape.head_dim, copy=False), shape, 1)
+
+
+def scales_of(blocks: npt.NDArray[np.uint8], shape: BlockShape) -> npt.NDArray[np.float32]:
+    """The scales `[..., num_layers, 2, num_kv_heads, block_size]` of int8 blocks' bytes `[..., block_bytes]`, a view."""
+    if not shape.scale_bytes:
+        raise ValueError("only int8 K/V has scales")
+    scales = blocks[..., : shape.rows_offset_bytes].view(np.float32)
+    return _by_axis(scales.reshape(*blocks.shape[:-1], *_order(shape), copy=False), shape, 0)
+
+
+def check_elements(kv_path: Path, shape: BlockShape, kv_dtype: str) -> None:
+    """Raises ValueError when the blocks of a data file hold elements, or scales, of other sizes than the dtype's."""
+    found, expected = (shape.element_bytes, shape.scale_bytes), (ELEMENT_BYTES[kv_dtype], SCALE_BYTES[kv_dtype])
+    if found != expected:
+        raise ValueError(
+            f"{kv_path}: elements have {found[0]} bytes and scales {found[1]}, but {kv_dtype} has {expected[0]} and "
+            f"{expected[1]}"
+        )
+
+
+def _check_dtype(kv_dtype: str) -> None:
     if kv_dtype not in NUMPY_TYPES:
         raise ValueError(f"kv dtype {kv_dtype!r} is not one of {', '.join(NUMPY_TYPES)}")
-    return NUMPY_TYPES[kv_dtype]
 
 
-def _block_dims(shape: BlockShape) -> tuple[int, int, int, int, int]:
-    return shape.num_layers, 2, shape.num_kv_heads, shape.block_size, shape.head_dim
+def _order(shape: BlockShape) -> tuple[int, int, int, int]:
+    """The axes of the rows as they lie."""
+    if shape.layout == "nhd":
+        return shape.num_layers, 2, shape.block_size, shape.num_kv_heads
+    return shape.num_layers, 2, shape.num_kv_heads, shape.block_size
 
 
-def _contiguous_strides(dims: tuple[int, ...], element_bytes: int) -> tuple[int, ...]:
-    strides = [element_bytes]
-    for size in reversed(dims[1:]):
-        strides.insert(0, strides[0] * size)
-    return tuple(strides)
+def _by_axis(array: npt.NDArray[Any], shape: BlockShape, num_behind: int) -> npt.NDArray[Any]:
+    """Heads before tokens, whatever the layout; num_behind axes stand behind these two."""
+    return array.swapaxes(-2 - num_behind, -1 - num_behind) if shape.layout == "nhd" else array
 
 
 def _check_ids(block_ids: npt.NDArray[Any], num_blocks: int) -> None:

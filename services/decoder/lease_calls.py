@@ -321,7 +321,7 @@ def _checksums(kv: KvView, asks: Sequence[SealAsk]) -> dict[int, int]:
     checksums: dict[int, int] = {}
     for index, ask in enumerate(asks):
         with suppress(IndexError):
-            checksums[index] = zlib.crc32(kv.block(ask.block_id).data)
+            checksums[index] = zlib.crc32(kv.block_bytes(ask.block_id).data)
     return checksums
 
 

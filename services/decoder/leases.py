@@ -20,8 +20,9 @@ class KvGeometry:
     num_layers: int
     num_kv_heads: int
     head_dim: int
-    kv_dtype: str  # "bf16", "f16" or "f32"
+    kv_dtype: str  # "bf16", "f16", "f32" or "int8"
     model_fingerprint: bytes  # 32 bytes
+    kv_layout: str = "hnd"  # or "nhd"
 
 
 @dataclass(frozen=True)

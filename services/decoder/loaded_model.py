@@ -20,7 +20,13 @@ _log = structlog.get_logger(__name__)
 
 
 def load(
-    checkpoint: Checkpoint, config: ModelConfig, kv_dtype: str, backend: str, precision: str, threads: int | None = None
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    kv_dtype: str,
+    backend: str,
+    precision: str,
+    threads: int | None = None,
+    kv_layout: str = "hnd",
 ) -> tuple[LoadedModel, Ops]:
     """Reads the weights; called on the thread that steps the model. Raises CheckpointError."""
     started = time.monotonic()
@@ -37,8 +43,9 @@ def load(
         head_dim=config.head_dim,
         kv_dtype=kv_dtype,
         model_fingerprint=fingerprint,
+        kv_layout=kv_layout,
     )
-    # Decoders of one id make the same tokens: same kernels, same rounding of K/V, same weights.
+    # Decoders of one id make the same tokens: same kernels, same rounding of K/V, same weights. The layout changes no bit.
     numerics_id = f"{ops.numerics_id}/kv-{kv_dtype}/{fingerprint[:8].hex()}"
     return LoadedModel(model, geometry, numerics_id), ops
 

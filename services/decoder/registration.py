@@ -12,7 +12,8 @@ from protos import kv_manager_pb2 as pb
 from services.decoder.leases import HeldLease, KvGeometry
 from services.decoder.lock_file import WorkerLock
 
-_KV_DTYPES = {"bf16": pb.KV_DTYPE_BF16, "f16": pb.KV_DTYPE_F16, "f32": pb.KV_DTYPE_F32}
+_KV_DTYPES = {"bf16": pb.KV_DTYPE_BF16, "f16": pb.KV_DTYPE_F16, "f32": pb.KV_DTYPE_F32, "int8": pb.KV_DTYPE_INT8}
+_KV_LAYOUTS = {"hnd": pb.KV_LAYOUT_HND, "nhd": pb.KV_LAYOUT_NHD}
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def geometry_message(geometry: KvGeometry) -> pb.Geometry:
     return pb.Geometry(
         layer_groups=[group],
         kv_dtype=_KV_DTYPES[geometry.kv_dtype],
-        layout=pb.KV_LAYOUT_HND,
+        layout=_KV_LAYOUTS[geometry.kv_layout],
         model_fingerprint=geometry.model_fingerprint,
     )
 

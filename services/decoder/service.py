@@ -19,7 +19,13 @@ from clients.kv_manager import KvManagerClient
 from protos import decoder_pb2, decoder_pb2_grpc, kv_manager_pb2
 from services import serving
 from services.decoder.chat_template import load_chat_template
-from services.decoder.config import DecoderConfig, resolve_backend, resolve_kv_capacity, resolve_precision
+from services.decoder.config import (
+    DecoderConfig,
+    resolve_backend,
+    resolve_kv_capacity,
+    resolve_kv_dtype,
+    resolve_precision,
+)
 from services.decoder.contiguous_leases import ContiguousLeases
 from services.decoder.engine import Engine, EngineSettings, LoadedModel
 from services.decoder.event_router import EventRouter
@@ -80,7 +86,7 @@ class DecoderService:
         model_config = read_model_config(checkpoint)
         precision = resolve_precision(config.precision, backend, model_config.kv_dtype)
         kv_capacity = resolve_kv_capacity(config.kv_capacity, model_config.max_position_embeddings)
-        kv_dtype = config.kv_dtype or model_config.kv_dtype
+        kv_dtype = resolve_kv_dtype(config.kv_dtype, model_config.kv_dtype)
         tokenizer = await _in_thread(lambda: load_tokenizer(config.model, model_config.vocab_size))
         template = load_chat_template(config.model, tokenizer.special_tokens)
 
@@ -96,7 +102,8 @@ class DecoderService:
         built: list[tuple[LoadedModel, Ops]] = []
 
         def build_model() -> LoadedModel:
-            built.append(load(checkpoint, model_config, kv_dtype, backend, precision, config.threads))
+            threads, layout = config.threads, config.kv_layout
+            built.append(load(checkpoint, model_config, kv_dtype, backend, precision, threads, layout))
             return built[0][0]
 
         self._collector.engine = self._engine = Engine(build_model, self._watch, settings, router.emit)
@@ -207,6 +214,7 @@ def contiguous_kv(geometry: KvGeometry, max_seqs: int, kv_capacity: int) -> Cont
         kv_dtype=geometry.kv_dtype,
         kv_capacity=kv_capacity,
         max_seqs=max_seqs,
+        layout=geometry.kv_layout,
     )
 
 

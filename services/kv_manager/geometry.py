@@ -7,16 +7,18 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from protos.pool_format import BlockShape
+from protos.pool_format import ELEMENT_BYTES, LAYOUTS, BlockShape
 from services.kv_manager.errors import PoolFileError, PoolMismatchError
 
-ELEMENT_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
 FINGERPRINT_BYTES = 32
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """One group of layers with K/V of one shape. `kv_dtype` is a key of ELEMENT_BYTES; `window_tokens` 0 is no window."""
+    """One group of layers with K/V of one shape. `window_tokens` 0 is no window.
+
+    `kv_dtype` and `layout` are as `protos.pool_format` names them.
+    """
 
     layer_ids: tuple[int, ...]
     num_kv_heads: int
@@ -28,12 +30,13 @@ class Geometry:
 
     def shape(self, block_size: int) -> BlockShape:
         """The shape of one block of block_size tokens."""
-        return BlockShape(
+        return BlockShape.of(
+            self.kv_dtype,
+            self.layout,
             num_layers=len(self.layer_ids),
             num_kv_heads=self.num_kv_heads,
             block_size=block_size,
             head_dim=self.head_dim,
-            element_bytes=ELEMENT_BYTES[self.kv_dtype],
         )
 
     def to_json(self) -> bytes:
@@ -49,6 +52,10 @@ class Geometry:
             fields: dict[str, Any] = json.loads(text)
             fields["layer_ids"] = tuple(fields["layer_ids"])
             fields["model_fingerprint"] = bytes.fromhex(fields["model_fingerprint"])
+            if fields["kv_dtype"] not in ELEMENT_BYTES or fields["layout"] not in LAYOUTS:
+                raise ValueError(
+                    f"kv_dtype {fields['kv_dtype']} or layout {fields['layout']} is unknown to this version"
+                )
             return cls(**fields)
         except (ValueError, KeyError, TypeError) as error:
             raise PoolFileError(f"the superblock's geometry cannot be read: {error}") from error
@@ -61,10 +68,13 @@ class Geometry:
         if not differing:
             return
         parts = [f"{name}: pool {_show(self, name)}, worker {_show(other, name)}" for name in differing]
+        fix = (
+            "start a second manager with another --pool-dir for this model, or stop this one and delete its pool files"
+        )
+        if set(differing) <= {"kv_dtype", "layout"}:
+            fix = f"start the decoder with --kv-dtype {self.kv_dtype} --kv-layout {self.layout} as the pool has it; or {fix}"
         raise PoolMismatchError(
-            f"this pool stores another geometry ({'; '.join(parts)}); start a second manager with another --pool-dir for"
-            " this model, or stop this one and delete its pool files",
-            {"differing_fields": ",".join(differing)},
+            f"this pool stores another geometry ({'; '.join(parts)}); {fix}", {"differing_fields": ",".join(differing)}
         )
 
 

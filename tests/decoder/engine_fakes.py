@@ -74,6 +74,12 @@ class FakeKv:
     def block(self, block_id: int) -> Any:
         return self._blocks[block_id]
 
+    def scales(self, block_id: int) -> Any:
+        raise ValueError("only int8 K/V has scales")
+
+    def block_bytes(self, block_id: int) -> Any:
+        return self._blocks[block_id].view(np.uint8).ravel()
+
     def gather(self, block_ids: Any, layer: int, num_tokens: int | None = None) -> Any:
         return self._blocks[:, layer, :, :, :num_tokens][block_ids]
 

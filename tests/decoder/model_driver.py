@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from protos.pool_format import BlockShape, DataHeader
 from services.decoder.batch import Batch
-from services.decoder.kv_view import NUMPY_TYPES, ContiguousKv, KvView, PagedKv
+from services.decoder.kv_view import ContiguousKv, KvView, PagedKv
 from services.decoder.loader import open_checkpoint
 from services.decoder.model_config import ModelConfig, read_model_config
 from services.decoder.models import Model, load_model
@@ -28,13 +28,17 @@ def load(directory: Path, ops: Ops) -> Model:
 
 
 def make_pool(
-    directory: Path, config: ModelConfig, kv_dtype: str = "f32", block_size: int = 16, num_blocks: int = 64
+    directory: Path,
+    config: ModelConfig,
+    kv_dtype: str = "f32",
+    block_size: int = 16,
+    num_blocks: int = 64,
+    layout: str = "hnd",
 ) -> PagedKv:
     """A pool file as the manager makes it, mapped."""
-    element_bytes = NUMPY_TYPES[kv_dtype].itemsize
-    shape = BlockShape(config.num_hidden_layers, config.num_key_value_heads, block_size, config.head_dim, element_bytes)
-    header = DataHeader(bytes(range(16)), num_blocks, shape)
-    path = directory / f"{kv_dtype}-{block_size}-{num_blocks}.kv"
+    sizes = (config.num_hidden_layers, config.num_key_value_heads, block_size, config.head_dim)
+    header = DataHeader(bytes(range(16)), num_blocks, BlockShape.of(kv_dtype, layout, *sizes))
+    path = directory / f"{kv_dtype}-{layout}-{block_size}-{num_blocks}.kv"
     with path.open("wb") as file:
         file.write(header.pack())
         file.truncate(header.file_bytes)
@@ -42,7 +46,7 @@ def make_pool(
 
 
 def make_contiguous(
-    config: ModelConfig, kv_dtype: str = "f32", kv_capacity: int = 200, max_seqs: int = 32
+    config: ModelConfig, kv_dtype: str = "f32", kv_capacity: int = 200, max_seqs: int = 32, layout: str = "hnd"
 ) -> ContiguousKv:
     """Contiguous caches for a model."""
     return ContiguousKv(
@@ -52,6 +56,7 @@ def make_contiguous(
         kv_dtype=kv_dtype,
         kv_capacity=kv_capacity,
         max_seqs=max_seqs,
+        layout=layout,
     )
 
 

@@ -24,6 +24,7 @@ def test_the_bytes_are_as_documented() -> None:
         (1).to_bytes(8, "little"),
         bytes(range(32)),
         b"bf16",
+        b"hnd",
         (16).to_bytes(8, "little"),
         b"alice",
         b"mlx-1",
@@ -43,6 +44,7 @@ def test_everything_that_decides_the_bytes_decides_the_seed() -> None:
         BlockHasher(GEOMETRY, "mlx-2", 16).seed(""),
         BlockHasher(GEOMETRY, "mlx-1", 32).seed(""),
         BlockHasher(replace(GEOMETRY, kv_dtype="f16"), "mlx-1", 16).seed(""),
+        BlockHasher(replace(GEOMETRY, kv_layout="nhd"), "mlx-1", 16).seed(""),
         BlockHasher(replace(GEOMETRY, model_fingerprint=bytes(32)), "mlx-1", 16).seed(""),
     ]
     assert len(set(seeds)) == len(seeds)

@@ -23,7 +23,7 @@ def test_the_defaults_are_those_of_the_design(model_dir: Path) -> None:
     assert parsed.model == model_dir.resolve()
     assert (parsed.listen, parsed.kv_manager) == ("127.0.0.1:50051", "127.0.0.1:50050")
     assert parsed.max_seqs == 32, "row S9"
-    assert (parsed.backend, parsed.kv_dtype, parsed.kv_capacity) == ("auto", None, None)
+    assert (parsed.backend, parsed.kv_dtype, parsed.kv_layout, parsed.kv_capacity) == ("auto", "auto", "hnd", None)
     assert parsed.paged, "row S7: paged unless told otherwise"
     assert not parsed.reserve_full, "row S21: on demand"
     assert not parsed.shares_prefixes_between_tenants

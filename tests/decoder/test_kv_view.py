@@ -11,7 +11,7 @@ import pytest
 
 from protos.pool_format import DATA_OFFSET_BYTES, PAGE_BYTES, BlockShape, DataHeader
 from services.decoder.errors import PoolExhaustedError
-from services.decoder.kv_view import NUMPY_TYPES, ContiguousKv, KvView, PagedKv
+from services.decoder.kv_view import NUMPY_TYPES, ContiguousKv, KvView, PagedKv, copy_tokens
 
 POOL_ID = bytes(range(1, 17))
 SHAPE = BlockShape(num_layers=3, num_kv_heads=2, block_size=16, head_dim=20, element_bytes=2)
@@ -26,30 +26,54 @@ def _write_pool(path: Path, shape: BlockShape = SHAPE, num_blocks: int = NUM_BLO
     return path
 
 
-def _contiguous(kv_capacity: int = 21, max_seqs: int = 3) -> ContiguousKv:
+def _contiguous(kv_capacity: int = 21, max_seqs: int = 3, kv_dtype: str = "bf16", layout: str = "hnd") -> ContiguousKv:
     return ContiguousKv(
-        num_layers=3, num_kv_heads=2, head_dim=20, kv_dtype="bf16", kv_capacity=kv_capacity, max_seqs=max_seqs
+        num_layers=3,
+        num_kv_heads=2,
+        head_dim=20,
+        kv_dtype=kv_dtype,
+        kv_capacity=kv_capacity,
+        max_seqs=max_seqs,
+        layout=layout,
     )
 
 
 def _filled(kv: KvView, block_ids: list[int]) -> dict[int, np.ndarray]:
+    """What `gather` should give of blocks full of random numbers."""
     rng = np.random.default_rng(1)
     blocks = {}
     for block_id in block_ids:
-        blocks[block_id] = rng.integers(0, 1 << 16, kv.block(block_id).shape).astype(np.uint16)
-        kv.block(block_id)[...] = blocks[block_id]
+        kv.block(block_id)[...] = elements = rng.integers(-127, 128, kv.block(block_id).shape).astype(
+            NUMPY_TYPES[kv.kv_dtype]
+        )
+        blocks[block_id] = elements
+        if kv.kv_dtype == "int8":
+            kv.scales(block_id)[...] = scales = rng.standard_normal(elements.shape[:-1]).astype(np.float32)
+            blocks[block_id] = elements * scales[..., None]
     return blocks
 
 
-@pytest.mark.parametrize("kind", ["paged", "contiguous"])
-def test_gather_copies_one_layer_of_blocks_in_the_order_asked(tmp_path: Path, kind: str) -> None:
-    kv: KvView
+def _view(directory: Path, kind: str, kv_dtype: str, layout: str) -> KvView:
+    """NUM_BLOCKS blocks of SHAPE's sizes."""
     if kind == "paged":
-        kv = PagedKv(_write_pool(tmp_path / "pool.kv"), "bf16")
-    else:
-        kv = _contiguous(max_seqs=NUM_BLOCKS)
-        for _ in range(NUM_BLOCKS):
-            kv.take()
+        shape = BlockShape.of(kv_dtype, layout, 3, 2, 16, 20)
+        return PagedKv(_write_pool(directory / "pool.kv", shape), kv_dtype)
+    kv = _contiguous(max_seqs=NUM_BLOCKS, kv_dtype=kv_dtype, layout=layout)
+    for _ in range(NUM_BLOCKS):
+        kv.take()
+    return kv
+
+
+VIEWS = [
+    (kind, dtype, layout) for kind in ("paged", "contiguous") for dtype in NUMPY_TYPES for layout in ("hnd", "nhd")
+]
+
+
+@pytest.mark.parametrize(("kind", "kv_dtype", "layout"), VIEWS)
+def test_gather_copies_one_layer_of_blocks_in_the_order_asked(
+    tmp_path: Path, kind: str, kv_dtype: str, layout: str
+) -> None:
+    kv = _view(tmp_path, kind, kv_dtype, layout)
     blocks = _filled(kv, list(range(NUM_BLOCKS)))
     ids = np.array([4, 0, 5, 0], np.int32)
     for layer in range(3):
@@ -57,9 +81,9 @@ def test_gather_copies_one_layer_of_blocks_in_the_order_asked(tmp_path: Path, ki
             gathered = kv.gather(ids, layer, num_tokens)
             assert np.array_equal(gathered, np.stack([blocks[i][layer, :, :, :num_tokens] for i in ids.tolist()]))
     gathered[...] = 0
-    assert np.array_equal(kv.block(4), blocks[4])
+    assert np.array_equal(kv.gather(np.array([4], np.int32), 2)[0], blocks[4][2])
     for table in (ids, ids.reshape(2, 2)):
-        expected = [kv.block(block_id).ctypes.data for block_id in table.ravel().tolist()]
+        expected = [kv.block_bytes(block_id).ctypes.data for block_id in table.ravel().tolist()]
         assert kv.addresses(table).ravel().tolist() == expected
         assert kv.addresses(table).shape == table.shape
     for bad in (-1, NUM_BLOCKS):
@@ -82,6 +106,44 @@ def test_paged_blocks_lie_in_the_file_where_the_format_says(tmp_path: Path) -> N
     assert reader.pool_id == POOL_ID
     assert reader.shape == SHAPE
     assert reader.num_blocks == NUM_BLOCKS
+
+
+@pytest.mark.parametrize("layout", ["hnd", "nhd"])
+def test_s13_s20_rows_and_scales_lie_in_the_file_where_the_layout_says(tmp_path: Path, layout: str) -> None:
+    """S13 and S20: both layouts and int8, found by plain arithmetic on the file's bytes."""
+    shape = BlockShape.of("int8", layout, num_layers=3, num_kv_heads=2, block_size=16, head_dim=20)
+    path = _write_pool(tmp_path / "pool.kv", shape)
+    kv = PagedKv(path, "int8")
+    kv.block(4)[2, 1, 1, 15, 19] = -77
+    kv.scales(4)[2, 1, 1, 15] = 0.25
+    row = (2 * 2 + 1) * 32 + (15 * 2 + 1 if layout == "nhd" else 1 * 16 + 15)
+    block = path.read_bytes()[DATA_OFFSET_BYTES + 4 * shape.stride_bytes :][: shape.block_bytes]
+    scales, rows = np.frombuffer(block, np.float32, count=192), np.frombuffer(block, np.int8, offset=4 * 192)
+    assert (scales[row], rows[row * 20 + 19]) == (0.25, -77)
+    assert (np.count_nonzero(scales), np.count_nonzero(rows)) == (1, 1)
+    assert block == kv.block_bytes(4).tobytes()
+
+
+@pytest.mark.parametrize(("kind", "kv_dtype", "layout"), VIEWS)
+def test_a_partial_tail_is_copied_with_its_scales_and_nothing_else(
+    tmp_path: Path, kind: str, kv_dtype: str, layout: str
+) -> None:
+    kv = _view(tmp_path, kind, kv_dtype, layout)
+    before = _filled(kv, list(range(NUM_BLOCKS)))
+    start, end = kv.shape.block_size + 3, kv.shape.block_size + 9
+    assert copy_tokens(kv, np.array([0, 1], np.int32), np.array([2, 3], np.int32), start, end)
+    expected = before | {3: before[3].copy()}
+    expected[3][:, :, :, 3:9] = before[1][:, :, :, 3:9]
+    for block_id in range(NUM_BLOCKS):
+        for layer in range(3):
+            found = kv.gather(np.array([block_id], np.int32), layer)[0]
+            assert np.array_equal(found, expected[block_id][layer])
+
+
+def test_only_int8_has_scales(tmp_path: Path) -> None:
+    for kv in (_view(tmp_path, "paged", "f16", "hnd"), _view(tmp_path, "contiguous", "bf16", "nhd")):
+        with pytest.raises(ValueError, match="only int8"):
+            kv.scales(0)
 
 
 def test_s17_a_paged_view_holds_no_kv_of_its_own(tmp_path: Path) -> None:
@@ -125,10 +187,12 @@ def test_closing_waits_for_views_and_leaves_no_descriptor(tmp_path: Path) -> Non
 def test_files_that_are_not_the_pool_are_refused(tmp_path: Path) -> None:
     path = _write_pool(tmp_path / "pool.kv")
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(ValueError, match="elements have 2 bytes, but f32 has 4"):
+    with pytest.raises(ValueError, match="elements have 2 bytes and scales 0, but f32 has 4 and 0"):
         PagedKv(path, "f32")
-    with pytest.raises(ValueError, match="'int8' is not one of bf16, f16, f32"):
+    with pytest.raises(ValueError, match="elements have 2 bytes and scales 0, but int8 has 1 and 4"):
         PagedKv(path, "int8")
+    with pytest.raises(ValueError, match="'int4' is not one of bf16, f16, f32, int8"):
+        PagedKv(path, "int4")
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(OSError, match="was cut"):
         PagedKv(path, "bf16")
@@ -147,7 +211,7 @@ def test_s18_a_contiguous_cache_holds_its_own_kv(kv_dtype: str) -> None:
     kv.block(first)[...] = 1
     assert not kv.block(second).any()
     assert kv.block(first).dtype == NUMPY_TYPES[kv_dtype]
-    assert kv.block(first).flags.owndata
+    assert not np.shares_memory(kv.block_bytes(first), kv.block_bytes(second))
 
 
 @pytest.mark.parametrize("kv_capacity", [1, 15, 16, 17, 2047])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from protos import kv_manager_pb2 as pb
 from protos.pool_format import DataHeader
 from services.kv_manager.block_pool import BlockState
 from services.kv_manager.errors import LockProofError, PoolFileError, PoolMismatchError, PoolSizeError, StorageFullError
@@ -57,7 +58,9 @@ def test_both_files_are_for_their_owner_only_whatever_the_umask(make_manager: Ma
     [
         ({"layer_ids": [0, 1, 2]}, "layer_ids"),
         ({"num_kv_heads": 4}, "num_kv_heads"),
-        ({"kv_dtype": 1}, "kv_dtype"),
+        ({"kv_dtype": pb.KV_DTYPE_BF16}, "kv_dtype"),
+        ({"kv_dtype": pb.KV_DTYPE_INT8}, "kv_dtype"),
+        ({"layout": pb.KV_LAYOUT_NHD}, "layout"),
         ({"model_fingerprint": bytes(32)}, "model_fingerprint"),
     ],
 )

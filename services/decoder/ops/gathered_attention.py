@@ -72,7 +72,7 @@ class GatheredAttention:
         layer: int,
         shape: AttentionShape,
     ) -> mx.array:
-        """q [T, num_heads, head_dim]; k, v [T, num_kv_heads, head_dim] as the pool stores them. Returns [T, heads * dim]."""
+        """q [T, num_heads, head_dim]; k, v [T, num_kv_heads, head_dim] as gather gives them. Returns [T, heads * dim]."""
         parts: list[mx.array] = []
         rows_of_parts: list[npt.NDArray[np.int64]] = []
         for group in groups:
@@ -93,7 +93,7 @@ class GatheredAttention:
     def _context(
         self, group: SequenceGroup, k: npt.NDArray[Any], v: npt.NDArray[Any], kv: KvView, layer: int
     ) -> npt.NDArray[Any]:
-        """K/V [S, 2, num_kv_heads, length, head_dim] as stored: context, the step's own rows, zeros."""
+        """K/V [S, 2, num_kv_heads, length, head_dim] as gathered: context, the step's own rows, zeros."""
         num_seqs, width = group.block_ids.shape
         heads, dim = kv.shape.num_kv_heads, kv.shape.head_dim
         block_size, most = kv.shape.block_size, int(group.context_lens.max())

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.decoder.batch import Batch
+from services.decoder.int8_rows import dequantise, quantise
 from services.decoder.kv_view import KvView
 from services.decoder.ops.base import (
     AttentionShape,
@@ -36,7 +37,8 @@ KERNEL_REVISION = 2  # counts up when bits change
 # From this many token-expert pairs on, pairs are sorted by expert, so that an expert's weights are read once.
 _SORT_PAIRS = 64
 
-_KV_TYPES = {"bf16": mx.bfloat16, "f16": mx.float16, "f32": mx.float32}
+# What MLX rounds K/V to; the bytes of int8 come after.
+_KV_TYPES = {"bf16": mx.bfloat16, "f16": mx.float16, "f32": mx.float32, "int8": mx.float32}
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,14 +80,26 @@ class _Head:
     linear: Linear
 
 
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """K or V of the step's own tokens, rounded to the pool's dtype."""
+
+    stored: npt.NDArray[Any]  # [T, num_kv_heads, head_dim], as a block has them
+    scales: npt.NDArray[np.float32] | None = None  # [T, num_kv_heads], of int8
+
+    @property
+    def readable(self) -> npt.NDArray[Any]:
+        """As `KvView.gather` gives them: what attention reads."""
+        return self.stored if self.scales is None else dequantise(self.stored, self.scales)
+
+
 @dataclass(eq=False)
 class _Step:
     batch: Batch
     kv: KvView
     groups: Sequence[SequenceGroup]
     rotations: dict[int, tuple[mx.array, mx.array]] = field(default_factory=dict)  # by the id of a rope table
-    # K and V rows of each layer so far, [T, num_kv_heads, head_dim] as the pool stores them
-    rows: dict[int, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = field(default_factory=dict)
+    rows: dict[int, tuple[_Rows, _Rows]] = field(default_factory=dict)  # K and V of each layer so far
 
 
 class MlxOps:
@@ -169,9 +183,7 @@ class MlxOps:
         """See `Ops`."""
         return embedding.rows(mx.array(step.batch.token_ids))
 
-    def norm_qkv_rope(
-        self, attention: _Attention, hidden: mx.array, step: _Step
-    ) -> tuple[mx.array, npt.NDArray[Any], npt.NDArray[Any]]:
+    def norm_qkv_rope(self, attention: _Attention, hidden: mx.array, step: _Step) -> tuple[mx.array, _Rows, _Rows]:
         """See `Ops`."""
         shape = attention.shape
         num_rows = hidden.shape[0]
@@ -183,22 +195,23 @@ class MlxOps:
         turned = _rotate(qk_heads, *self._rotation(attention, step))
         v = attention.v_proj(rows).reshape(num_rows, shape.num_kv_heads, shape.head_dim)
         q, k = turned[:, : shape.num_heads], turned[:, shape.num_heads :]
-        stored = [_stored(array, step.kv.kv_dtype) for array in (k, v)]
-        mx.eval(q, *stored)
-        return q, np.asarray(stored[0]), np.asarray(stored[1])
+        rounded = [_rounded(array, step.kv.kv_dtype) for array in (k, v)]
+        mx.eval(q, *rounded)
+        keys, values = (_rows(array, step.kv.kv_dtype) for array in rounded)
+        return q, keys, values
 
     def attention(
         self,
         attention: _Attention,
         layer: int,
         q: mx.array,
-        k: npt.NDArray[Any],
-        v: npt.NDArray[Any],
+        k: _Rows,
+        v: _Rows,
         step: _Step,
     ) -> mx.array:
         """See `Ops`."""
         step.rows[layer] = (k, v)
-        return self._attention.attend(q, k, v, step.groups, step.kv, layer, attention.shape)
+        return self._attention.attend(q, k.readable, v.readable, step.groups, step.kv, layer, attention.shape)
 
     def out_proj_residual(self, attention: _Attention, attended: mx.array, hidden: mx.array) -> mx.array:
         """See `Ops`."""
@@ -247,12 +260,17 @@ class MlxOps:
         if not len(slots):
             return
         # [num_layers, 2, num_kv_heads, T, head_dim], as a block has it
-        rows = np.stack([np.stack(step.rows[layer]) for layer in sorted(step.rows)]).swapaxes(2, 3)
+        by_layer = [step.rows[layer] for layer in sorted(step.rows)]
+        rows = np.stack([np.stack([k.stored, v.stored]) for k, v in by_layer]).swapaxes(2, 3)
+        if step.kv.shape.scale_bytes:
+            scales = np.array([[k.scales, v.scales] for k, v in by_layer], np.float32).swapaxes(2, 3)
         # Runs of rows that follow one another in one block.
         breaks = np.flatnonzero((np.diff(slots) != 1) | (slots[1:] % block_size == 0)) + 1
         for start, stop in zip([0, *breaks.tolist()], [*breaks.tolist(), len(slots)], strict=True):
             block_id, offset = divmod(int(slots[start]), block_size)
             step.kv.block(block_id)[:, :, :, offset : offset + stop - start] = rows[:, :, :, start:stop]
+            if step.kv.shape.scale_bytes:
+                step.kv.scales(block_id)[:, :, :, offset : offset + stop - start] = scales[:, :, :, start:stop]
 
     def _dtype_of(self, tensor: Tensor) -> mx.Dtype:
         """The activations' dtype, where the tensor is one that has the checkpoint's."""
@@ -272,10 +290,16 @@ def _rotate(heads: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     return mx.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def _stored(rows: mx.array, kv_dtype: str) -> mx.array:
-    """Rounds to the K/V dtype; bf16 comes as uint16."""
+def _rounded(rows: mx.array, kv_dtype: str) -> mx.array:
+    """Rounds to the K/V dtype, where that is one of MLX's; bf16 comes as uint16."""
     rounded = rows.astype(_KV_TYPES[kv_dtype])
     return rounded.view(mx.uint16) if kv_dtype == "bf16" else rounded
+
+
+def _rows(rounded: mx.array, kv_dtype: str) -> _Rows:
+    """Through NumPy, for int8 too: so that a host's bits are those of the native kernels."""
+    rows = np.asarray(rounded)
+    return _Rows(*quantise(rows)) if kv_dtype == "int8" else _Rows(rows)
 
 
 def _silu(x: mx.array) -> mx.array:

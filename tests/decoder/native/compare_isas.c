@@ -64,17 +64,24 @@ static int linear(const kernels *best, const kernels *plain, int format, int gro
 static int attention(const kernels *best, const kernels *plain, int format, int head_dim) {
     enum { HEADS = 6, KV_HEADS = 2, TOKENS_SEEN = 700, STATES = 3 * HEADS };
     static float values[2][2][STATES * 128], largest[2][2][STATES], total[2][2][STATES], q[3 * HEADS * 128];
-    static uint16_t pool[2 * KV_HEADS * TOKENS_SEEN * 128], own[2][3 * KV_HEADS * 128];
+    static _Alignas(64) uint16_t pool[2 * KV_HEADS * TOKENS_SEEN * 128], own[2][3 * KV_HEADS * 128];
+    static float pool_scales[2 * KV_HEADS * TOKENS_SEEN], own_scales[2][3 * KV_HEADS];
     uint64_t block = (uint64_t)(uintptr_t)pool;
     for (size_t i = 0; i < sizeof pool / 2; i++) pool[i] = (uint16_t)(0x3c00 | (next() >> 8 & 0x83ff));
     for (size_t i = 0; i < sizeof own / 2; i++) ((uint16_t *)own)[i] = (uint16_t)(0x3c00 | (next() >> 8 & 0x83ff));
     for (size_t i = 0; i < sizeof q / 4; i++) q[i] = number();
     attention_task a = {.num_heads = HEADS, .num_kv_heads = KV_HEADS, .head_dim = head_dim, .scale = 0.1f, .kv_format = format,
-                        .blocks = &block, .block_size = TOKENS_SEEN, .value_offset = (int64_t)sizeof pool / 2,
-                        .head_stride = TOKENS_SEEN * head_dim * 2, .token_stride = head_dim * 2,
-                        .own_k = (uint8_t *)own[0], .own_v = (uint8_t *)own[1], .own_stride = KV_HEADS * head_dim * 2,
-                        .context_len = TOKENS_SEEN, .q = q, .q_stride = HEADS * head_dim, .num_rows = 3,
-                        .first_position = TOKENS_SEEN, .kv_head = 1};
+                        .row_bytes = head_dim * (format == FORMAT_I8 ? 1 : 2), .blocks = &block, .block_size = TOKENS_SEEN,
+                        .first_row = TOKENS_SEEN, .value_stride = KV_HEADS * TOKENS_SEEN, .token_stride = 1,
+                        .own_k = (uint8_t *)own[0], .own_v = (uint8_t *)own[1], .context_len = TOKENS_SEEN, .q = q,
+                        .q_stride = HEADS * head_dim, .num_rows = 3, .first_position = TOKENS_SEEN, .kv_head = 1};
+    if (format == FORMAT_I8) {
+        for (size_t i = 0; i < sizeof pool_scales / 4; i++) pool_scales[i] = number() / 127;
+        for (size_t i = 0; i < sizeof own_scales / 4; i++) ((float *)own_scales)[i] = number() / 127;
+        memcpy(pool, pool_scales, sizeof pool_scales);
+        a.rows_offset = sizeof pool_scales;
+        a.own_k_scales = own_scales[0], a.own_v_scales = own_scales[1];
+    }
     int width = (head_dim + 7) / 8 * 8, rows = 3 * HEADS / KV_HEADS;
     for (int which = 0; which < 2; which++) {
         const kernels *k = which ? plain : best;
@@ -89,6 +96,18 @@ static int attention(const kernels *best, const kernels *plain, int format, int 
     snprintf(name, sizeof name, "attention-%d-%d", format, head_dim);
     checksum(name, values[0][0], rows * width);
     return close_to(name, values[0][0], values[1][0], rows * width) | close_to(name, total[0][0], total[1][0], rows);
+}
+
+static int bytes_of_rows(const kernels *best, const kernels *plain) {
+    int8_t bytes[2][COLS] = {{0}};
+    for (int n = 1; n < COLS; n += 29) {
+        float scales_of[2] = {best->to_int8(x[n % TOKENS], n, bytes[0]), plain->to_int8(x[n % TOKENS], n, bytes[1])};
+        if (scales_of[0] != scales_of[1] || memcmp(bytes[0], bytes[1], (size_t)n)) {
+            printf("to_int8-%d differs\n", n);
+            return 1;
+        }
+    }
+    return 0;
 }
 
 static int vectors(const kernels *best, const kernels *plain) {
@@ -126,7 +145,8 @@ int main(void) {
     for (int head_dim = 18; head_dim <= 128; head_dim += 22) {
         bad |= attention(best, plain, FORMAT_BF16, head_dim);
         bad |= attention(best, plain, FORMAT_F16, head_dim);
+        bad |= attention(best, plain, FORMAT_I8, head_dim);
     }
-    bad |= vectors(best, plain);
+    bad |= vectors(best, plain) | bytes_of_rows(best, plain);
     return bad;
 }

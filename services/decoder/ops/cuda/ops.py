@@ -110,7 +110,13 @@ class CudaOps:
                 "the cuda backend needs a pool in GPU memory; start the manager with --pool-memory cuda"
             )
         if kv.kv_dtype != "bf16":
-            raise EngineFailedError(f"the cuda backend takes bf16 K/V, not {kv.kv_dtype}; use --backend mlx")
+            raise EngineFailedError(
+                f"--kv-dtype: the cuda backend takes bf16 K/V, not {kv.kv_dtype}; use --backend mlx"
+            )
+        if kv.shape.layout != "hnd":
+            raise EngineFailedError(
+                f"--kv-layout: the cuda backend takes hnd, not {kv.shape.layout}; use --backend mlx"
+            )
         return CudaStep(batch, cast(DevicePool, kv))
 
     def embed(self, embedding: CudaLinear, step: CudaStep) -> CudaStep:

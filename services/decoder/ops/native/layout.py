@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
 
-FORMAT_F32, FORMAT_F16, FORMAT_BF16, FORMAT_Q4, FORMAT_Q8 = range(5)
+FORMAT_F32, FORMAT_F16, FORMAT_BF16, FORMAT_Q4, FORMAT_Q8, FORMAT_I8 = range(6)
 OP_EMBED, OP_NORM_QKV_ROPE, OP_ATTENTION, OP_OUT_PROJ, OP_MLP = range(5)
 
 MAX_COLS = 32768
@@ -97,12 +97,15 @@ class Step(ctypes.Structure):
         ("value_stride", c_int64),
         ("head_stride", c_int64),
         ("token_stride", c_int64),
+        ("row_bytes", c_int64),
+        ("rows_offset", c_int64),
         ("kv_format", c_int32),
         ("reserved", c_int32),
         ("num_layers", c_int64),
         ("num_kv_heads", c_int64),
         ("head_dim", c_int64),
         ("own_rows", c_void_p),
+        ("own_scales", c_void_p),
         ("commit_blocks", c_void_p),
         ("commit_offsets", c_void_p),
     ]

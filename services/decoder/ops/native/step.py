@@ -15,7 +15,12 @@ from services.decoder.ops.native import layout
 from services.decoder.ops.native.layout import RecordedOp, Step
 from services.decoder.ops.native.weights import Weights
 
-_KV_FORMATS = {"bf16": layout.FORMAT_BF16, "f16": layout.FORMAT_F16, "f32": layout.FORMAT_F32}
+_KV_FORMATS = {
+    "bf16": layout.FORMAT_BF16,
+    "f16": layout.FORMAT_F16,
+    "f32": layout.FORMAT_F32,
+    "int8": layout.FORMAT_I8,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +40,11 @@ class NativeStep:
         self._ops: list[tuple[int, int, int]] = []
         self._weights: list[Weights] = []  # alive until the operations have run
         self._spare_rows = spare_rows
-        shape = kv.shape
-        row_bytes = shape.num_kv_heads * shape.head_dim * shape.element_bytes
-        self._own_rows = _take(spare_rows, shape.num_layers * 2 * batch.num_tokens * row_bytes)
-        token_stride = shape.head_dim * shape.element_bytes
-        head_stride = shape.block_size * token_stride
-        value_stride = shape.num_kv_heads * head_stride
+        shape, strides = kv.shape, kv.shape.row_strides
+        num_rows = shape.num_layers * 2 * batch.num_tokens * shape.num_kv_heads
+        self._own_rows = _take(
+            spare_rows, num_rows * (shape.scale_bytes + shape.row_bytes)
+        )  # scales first, as in a block
         # The struct holds addresses only; the arrays must live as long as the step.
         self._arrays: dict[str, npt.NDArray[Any]] = {
             "token_ids": _int32(batch.token_ids),
@@ -48,7 +52,8 @@ class NativeStep:
             "cu_seqlens": _int32(batch.cu_seqlens),
             "context_lens": _int32(batch.context_lens),
             "blocks": _context_addresses(batch, kv),
-            "own_rows": self._own_rows,
+            "own_scales": self._own_rows,
+            "own_rows": self._own_rows[num_rows * shape.scale_bytes :],
             "commit_blocks": kv.addresses((batch.slot_mapping // shape.block_size).astype(np.int32)),
             "commit_offsets": np.ascontiguousarray(batch.slot_mapping % shape.block_size, np.int64),
         }
@@ -57,10 +62,12 @@ class NativeStep:
             num_seqs=batch.num_seqs,
             table_width=batch.block_tables.shape[1],
             block_size=shape.block_size,
-            layer_stride=2 * value_stride,
-            value_stride=value_stride,
-            head_stride=head_stride,
-            token_stride=token_stride,
+            layer_stride=strides.layer,
+            value_stride=strides.value,
+            head_stride=strides.head,
+            token_stride=strides.token,
+            row_bytes=shape.row_bytes,
+            rows_offset=shape.rows_offset_bytes,
             kv_format=_KV_FORMATS[kv.kv_dtype],
             num_layers=shape.num_layers,
             num_kv_heads=shape.num_kv_heads,

@@ -20,15 +20,23 @@ static void finish_qkv(void *arg, int64_t t, int member) {
     qkv_job *job = arg;
     const attention_layer *l = job->layer;
     const kernels *k = job->c->k;
-    int64_t d = l->head_dim, kv_size = l->num_kv_heads * d, element = job->s->kv_format == FORMAT_F32 ? 4 : 2;
+    const step *s = job->s;
+    int64_t d = l->head_dim, kv_size = l->num_kv_heads * d;
     const float *cos_sin = (const float *)job->c->buffers[BUFFER_COS_SIN].memory + t * d;
     float *q = job->q + t * l->num_heads * d, *kv = job->kv + t * 2 * kv_size;
     (void)member;
     for (int64_t h = 0; h < l->num_heads; h++) k->norm_rope(q + h * d, l->q_norm, l->eps, cos_sin, cos_sin + d / 2, d);
     for (int64_t h = 0; h < l->num_kv_heads; h++) k->norm_rope(kv + h * d, l->k_norm, l->eps, cos_sin, cos_sin + d / 2, d);
-    for (int value = 0; value < 2; value++)
-        k->narrow(kv + value * kv_size, kv_size, job->s->kv_format,
-                  own_rows_of(job->s, job->index, value) + t * kv_size * element);
+    for (int value = 0; value < 2; value++) {
+        int64_t row = own_row(s, job->index, value) + t * l->num_kv_heads;
+        const float *from = kv + value * kv_size;
+        if (s->kv_format != FORMAT_I8) {
+            k->narrow(from, kv_size, s->kv_format, s->own_rows + row * s->row_bytes);
+            continue;
+        }
+        for (int64_t h = 0; h < l->num_kv_heads; h++, row++)
+            s->own_scales[row] = k->to_int8(from + h * d, d, (int8_t *)s->own_rows + row * d);
+    }
 }
 
 typedef struct {
@@ -97,16 +105,18 @@ static softmax_state state_at(softmax_state s, int64_t row, int64_t width) {
 static attention_task describe(const attend_job *job, const task *t) {
     const attention_layer *l = job->layer;
     const step *s = job->s;
-    int64_t q_size = l->num_heads * l->head_dim, element = s->kv_format == FORMAT_F32 ? 4 : 2;
-    int64_t own_stride = l->num_kv_heads * l->head_dim * element, start = s->cu_seqlens[t->seq];
+    int64_t q_size = l->num_heads * l->head_dim, start = s->cu_seqlens[t->seq];
+    int64_t own_k = own_row(s, job->index, 0) + start * l->num_kv_heads, own_v = own_row(s, job->index, 1) + start * l->num_kv_heads;
+    int scaled = s->kv_format == FORMAT_I8;
     return (attention_task){
         .num_heads = l->num_heads, .num_kv_heads = l->num_kv_heads, .head_dim = l->head_dim, .window = l->window,
         .scale = l->scale, .kv_format = s->kv_format, .blocks = s->blocks + t->seq * s->table_width,
-        .block_size = s->block_size, .layer_offset = job->index * s->layer_stride, .value_offset = s->value_stride,
-        .head_stride = s->head_stride, .token_stride = s->token_stride,
-        .own_k = own_rows_of(s, job->index, 0) + start * own_stride,
-        .own_v = own_rows_of(s, job->index, 1) + start * own_stride,
-        .own_stride = own_stride, .context_len = s->context_lens[t->seq],
+        .row_bytes = s->row_bytes, .block_size = s->block_size, .value_stride = s->value_stride,
+        .first_row = job->index * s->layer_stride + t->kv_head * s->head_stride, .token_stride = s->token_stride,
+        .rows_offset = s->rows_offset,
+        .own_k = s->own_rows + own_k * s->row_bytes, .own_v = s->own_rows + own_v * s->row_bytes,
+        .own_k_scales = scaled ? s->own_scales + own_k : NULL, .own_v_scales = scaled ? s->own_scales + own_v : NULL,
+        .context_len = s->context_lens[t->seq],
         .q = (const float *)job->c->buffers[BUFFER_Q].memory + t->row * q_size, .q_stride = q_size,
         .num_rows = t->num_rows, .first_position = s->context_lens[t->seq] + t->row - start, .kv_head = t->kv_head};
 }

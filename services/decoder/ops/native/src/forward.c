@@ -68,9 +68,8 @@ void embed(context *c, const matrix *table, const step *s, float *hidden) {
         c->k->widen(table, s->token_ids[t], 0, table->cols, hidden + t * table->cols);
 }
 
-uint8_t *own_rows_of(const step *s, int64_t layer, int value) {
-    int64_t row = s->num_kv_heads * s->head_dim * (s->kv_format == FORMAT_F32 ? 4 : 2);
-    return s->own_rows + (layer * 2 + value) * s->num_tokens * row;
+int64_t own_row(const step *s, int64_t layer, int value) {
+    return (layer * 2 + value) * s->num_tokens * s->num_kv_heads;
 }
 
 static void run_op(context *c, const step *s, const recorded_op *op, float *hidden) {
@@ -146,14 +145,16 @@ typedef struct {
 
 static void commit_token(void *arg, int64_t t, int member) {
     const step *s = ((commit_job *)arg)->s;
-    int64_t row = s->head_dim * (s->kv_format == FORMAT_F32 ? 4 : 2);
     uint8_t *block = (uint8_t *)(uintptr_t)s->commit_blocks[t];
     (void)member;
     for (int64_t layer = 0; layer < s->num_layers; layer++)
         for (int value = 0; value < 2; value++) {
-            const uint8_t *from = own_rows_of(s, layer, value) + t * s->num_kv_heads * row;
-            uint8_t *to = block + layer * s->layer_stride + value * s->value_stride + s->commit_offsets[t] * s->token_stride;
-            for (int64_t h = 0; h < s->num_kv_heads; h++) memcpy(to + h * s->head_stride, from + h * row, (size_t)row);
+            int64_t from = own_row(s, layer, value) + t * s->num_kv_heads;
+            int64_t to = layer * s->layer_stride + value * s->value_stride + s->commit_offsets[t] * s->token_stride;
+            for (int64_t h = 0; h < s->num_kv_heads; h++, from++, to += s->head_stride) {
+                memcpy(block + s->rows_offset + to * s->row_bytes, s->own_rows + from * s->row_bytes, (size_t)s->row_bytes);
+                if (s->kv_format == FORMAT_I8) ((float *)block)[to] = s->own_scales[from];
+            }
         }
 }
 

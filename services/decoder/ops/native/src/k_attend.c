@@ -6,20 +6,34 @@
 
 enum { PAIR = 2 };
 
-/* Where token `at` of the sequence has its row of K (value 0) or V (value 1). */
-static const uint8_t *row_of(const attention_task *task, int64_t at, int value, int64_t element) {
+/* Where some rows lie, and their scales. */
+typedef struct {
+    const uint8_t *rows;
+    const float *scales;
+    int64_t index;
+} kv_row;
+
+/* The row of token `at` of the sequence, of K (value 0) or V (value 1). */
+static kv_row row_of(const attention_task *task, int64_t at, int value) {
     if (at >= task->context_len) {
-        const uint8_t *own = value ? task->own_v : task->own_k;
-        return own + (at - task->context_len) * task->own_stride + task->kv_head * task->head_dim * element;
+        int64_t index = (at - task->context_len) * task->num_kv_heads + task->kv_head;
+        return value ? (kv_row){task->own_v, task->own_v_scales, index} : (kv_row){task->own_k, task->own_k_scales, index};
     }
     const uint8_t *block = (const uint8_t *)(uintptr_t)task->blocks[at / task->block_size];
-    return block + task->layer_offset + value * task->value_offset + task->kv_head * task->head_stride +
-           at % task->block_size * task->token_stride;
+    int64_t index = task->first_row + value * task->value_stride + at % task->block_size * task->token_stride;
+    return (kv_row){block + task->rows_offset, (const float *)block, index};
 }
 
-INLINE void widen_row(const uint8_t *row, int64_t n, int format, float *out) {
+INLINE void widen_row(kv_row from, int64_t row_bytes, int64_t n, int format, float *out) {
+    const uint8_t *row = from.rows + from.index * row_bytes;
     int64_t i = 0;
-    if (format == FORMAT_BF16) {
+    if (format == FORMAT_I8) {
+        const int8_t *p = (const int8_t *)row;
+        float scale = from.scales[from.index];
+        f32x8 factor = f8_set1(scale);
+        for (; i + 8 <= n; i += 8) f8_store(out + i, f8_mul(f8_of_i8(p + i), factor));
+        for (; i < n; i++) out[i] = (float)p[i] * scale;
+    } else if (format == FORMAT_BF16) {
         const uint16_t *p = (const uint16_t *)row;
         for (; i + 8 <= n; i += 8) f8_store(out + i, f8_of_bf16(p + i));
         for (; i < n; i++) out[i] = float_of_bf16(p[i]);
@@ -36,9 +50,8 @@ INLINE void widen_row(const uint8_t *row, int64_t n, int format, float *out) {
 
 /* Tokens [begin, begin + n) to floats, `width` apart. */
 static void widen_tile(const attention_task *task, int64_t begin, int n, int value, int64_t width, float *out) {
-    int64_t element = task->kv_format == FORMAT_F32 ? 4 : 2;
     for (int i = 0; i < n; i++)
-        widen_row(row_of(task, begin + i, value, element), task->head_dim, task->kv_format, out + i * width);
+        widen_row(row_of(task, begin + i, value), task->row_bytes, task->head_dim, task->kv_format, out + i * width);
 }
 
 /* scores[h][i] = scale * q[h] . k[i] for HEADS heads and n tokens (rounded up to whole fours, which are there). */

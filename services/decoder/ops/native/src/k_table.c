@@ -18,6 +18,7 @@ void ISA(widen)(const matrix *, int64_t, int64_t, int64_t, float *);
 void ISA(rms_norm)(const float *, const float *, float, int64_t, float *);
 void ISA(norm_rope)(float *, const float *, float, const float *, const float *, int64_t);
 void ISA(narrow)(const float *, int64_t, int, void *);
+float ISA(to_int8)(const float *, int64_t, int8_t *);
 void ISA(silu_mul)(float *, const float *, int64_t);
 void ISA(add_scaled)(float *, const float *, float, int64_t);
 float ISA(softmax)(float *, int64_t, float *);
@@ -37,6 +38,7 @@ const kernels ISA(kernels) = {
     .rms_norm = ISA(rms_norm),
     .norm_rope = ISA(norm_rope),
     .narrow = ISA(narrow),
+    .to_int8 = ISA(to_int8),
     .silu_mul = ISA(silu_mul),
     .add_scaled = ISA(add_scaled),
     .softmax = ISA(softmax),

@@ -45,6 +45,8 @@ void ISA(norm_rope)(float *head, const float *weight, float eps, const float *co
     rotate(head, cos, sin, head_dim / 2);
 }
 
+int ISA(all_finite)(const float *x, int64_t n);
+
 void ISA(narrow)(const float *x, int64_t n, int format, void *out) {
     if (format == FORMAT_F32) {
         memcpy(out, x, (size_t)n * 4);
@@ -55,6 +57,27 @@ void ISA(narrow)(const float *x, int64_t n, int format, void *out) {
         for (; i + 8 <= n; i += 8) f8_to_f16((uint16_t *)out + i, f8_load(x + i));
         for (; i < n; i++) ((uint16_t *)out)[i] = f16_of_float(x[i]);
     }
+}
+
+float ISA(to_int8)(const float *x, int64_t n, int8_t *out) {
+    f32x8 peaks = f8_zero();
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) peaks = f8_max(peaks, f8_abs(f8_load(x + i)));
+    if (i < n) peaks = f8_max(peaks, f8_abs(f8_load_some(x + i, (int)(n - i))));
+    float scale = f8_largest(peaks) / 127.0f;
+    int finite = ISA(all_finite)(x, n);
+    if (!finite || scale == 0) { /* of the smallest numbers a 127th is zero */
+        memset(out, 0, (size_t)n);
+        return finite ? 0 : __builtin_nanf("");
+    }
+    f32x8 divisor = f8_set1(scale), most = f8_set1(127.0f), least = f8_set1(-127.0f);
+    for (i = 0; i + 8 <= n; i += 8) f8_to_i8(out + i, f8_max(f8_min(f8_div(f8_load(x + i), divisor), most), least));
+    if (i < n) {
+        int8_t rest[8];
+        f8_to_i8(rest, f8_max(f8_min(f8_div(f8_load_some(x + i, (int)(n - i)), divisor), most), least));
+        memcpy(out + i, rest, (size_t)(n - i));
+    }
+    return scale;
 }
 
 INLINE f32x8 silu_times(f32x8 gate, f32x8 up) {

@@ -6,7 +6,8 @@
 
 #include <stdint.h>
 
-enum format { FORMAT_F32, FORMAT_F16, FORMAT_BF16, FORMAT_Q4, FORMAT_Q8 };
+/* FORMAT_I8 is of K/V alone: bytes with a float scale for each row of head_dim. */
+enum format { FORMAT_F32, FORMAT_F16, FORMAT_BF16, FORMAT_Q4, FORMAT_Q8, FORMAT_I8 };
 
 enum {
     MAX_COLS = 32768,
@@ -42,12 +43,15 @@ typedef struct {
     int64_t num_heads, num_kv_heads, head_dim, window; /* window 0: the whole context */
     float scale;
     int32_t kv_format;
-    /* The pool: a block's address for each block_size tokens of this sequence; strides in bytes. */
+    int64_t row_bytes;
+    /* The pool: a block's address for each block_size tokens of this sequence. Rows are counted: first_row is the first of this
+     * layer and head, rows_offset the bytes of scales before row 0. */
     const uint64_t *blocks;
-    int64_t block_size, layer_offset, value_offset, head_stride, token_stride;
-    /* The step's own rows of this sequence, token `context_len` first. */
+    int64_t block_size, first_row, value_stride, token_stride, rows_offset;
+    /* The step's own rows of this sequence, num_kv_heads a token, token `context_len` first; scales of FORMAT_I8 alone. */
     const uint8_t *own_k, *own_v;
-    int64_t own_stride, context_len;
+    const float *own_k_scales, *own_v_scales;
+    int64_t context_len;
     /* Queries: row i has position first_position + i. */
     const float *q;
     int64_t q_stride, num_rows, first_position, kv_head;
@@ -67,6 +71,8 @@ typedef struct {
     /* Norm (unless weight is NULL) and rotation of one head, in place. */
     void (*norm_rope)(float *head, const float *weight, float eps, const float *cos, const float *sin, int64_t head_dim);
     void (*narrow)(const float *x, int64_t n, int format, void *out);
+    /* One row of FORMAT_I8; returns its scale, NaN for a row that is not finite. */
+    float (*to_int8)(const float *x, int64_t n, int8_t *out);
     void (*silu_mul)(float *gate, const float *up, int64_t n);
     void (*add_scaled)(float *sum, const float *x, float factor, int64_t n);
     /* Turns scores into weights in place; returns the largest score, and the sum of the weights in *total. */
