@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
         configure_logs(config.log_level)
-        asyncio.run(run(config))
+        serving.run(run(config))
     except (DecoderError, serving.AddressError) as error:
         print(f"python -m services.decoder: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 
 import structlog
 
+from services import serving
 from services.kv_manager.config import parse_args
 from services.kv_manager.errors import ManagerError
 from services.kv_manager.service import serve
 from services.logs import configure_logs
-from services.serving import AddressError
 
 
 def main() -> int:
@@ -19,8 +18,8 @@ def main() -> int:
     config = parse_args()
     configure_logs(config.log_level)
     try:
-        asyncio.run(serve(config))
-    except (ManagerError, AddressError, OSError) as error:
+        serving.run(serve(config))
+    except (ManagerError, serving.AddressError, OSError) as error:
         structlog.get_logger("kv_manager").error("cannot start", error=str(error))
         return 1
     return 0

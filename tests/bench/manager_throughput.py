@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import uvloop
 
 from protos import kv_manager_pb2 as pb
 from protos import kv_manager_pb2_grpc as pb_grpc
@@ -170,7 +171,7 @@ def measure(num_blocks: int, seconds: float) -> dict[str, Any]:
             if len(cores) > 1:
                 os.sched_setaffinity(process.pid, cores[:1])
                 os.sched_setaffinity(0, cores[1:])
-            figures = asyncio.run(drive(address, Path(directory), process.pid, seconds))
+            figures = uvloop.run(drive(address, Path(directory), process.pid, seconds))
         finally:
             os.sched_setaffinity(0, cores)
             process.terminate()
