@@ -64,7 +64,7 @@ def _lines(summary: dict[str, Any]) -> list[str]:
     if pool is not None:
         lines.append(
             f"pool           {pool['peak_in_use']} of {pool['num_blocks']} blocks in use at most, "
-            f"{pool['leased_at_end']} leased at the end"
+            f"{pool['leased_at_end']} leased at the last look"
         )
     lines.append(
         f"client lag     p99 {seconds(client['lag_s']['p99'])}, sent late by p99 {seconds(client['dispatch_lag_s']['p99'])}"
