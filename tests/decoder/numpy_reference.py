@@ -14,9 +14,13 @@ Array = npt.NDArray[Any]
 
 
 class NumpyQwen3Moe:
-    """Reads a checkpoint directory by itself; `precision` is float64 or float32, for everything."""
+    """Reads a checkpoint directory by itself; `precision` is float64 or float32, for everything.
 
-    def __init__(self, directory: Path, precision: type[np.floating[Any]] = np.float64) -> None:
+    With `int8_kv` each row of K and V is rounded to 127ths of its largest element before attention reads it.
+    """
+
+    def __init__(self, directory: Path, precision: type[np.floating[Any]] = np.float64, int8_kv: bool = False) -> None:
+        self._int8_kv = int8_kv
         self.config: dict[str, Any] = json.loads((directory / "config.json").read_text())
         self._precision = precision
         self._tensors: dict[str, Array] = {}
@@ -46,6 +50,8 @@ class NumpyQwen3Moe:
         v = self._linear(f"{prefix}.v_proj", x).reshape(length, kv_heads, dim)
         q = self._rotate(_rms_norm(q, self._vector(f"{prefix}.q_norm.weight"), eps))
         k = self._rotate(_rms_norm(k, self._vector(f"{prefix}.k_norm.weight"), eps))
+        if self._int8_kv:
+            k, v = _round_to_127ths(k), _round_to_127ths(v)
         k, v = np.repeat(k, heads // kv_heads, axis=1), np.repeat(v, heads // kv_heads, axis=1)
         scores = np.einsum("ihd,jhd->hij", q, k) / np.sqrt(self._precision(dim))
         visible = np.tri(length, dtype=bool)
@@ -130,6 +136,11 @@ def _read_safetensors(path: Path) -> dict[str, Array]:
 
 def _rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + x.dtype.type(eps)) * weight
+
+
+def _round_to_127ths(rows: Array) -> Array:
+    scales = np.abs(rows).max(axis=-1, keepdims=True) / 127
+    return np.rint(rows / scales) * scales
 
 
 def _softmax(x: Array) -> Array:

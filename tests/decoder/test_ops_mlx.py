@@ -45,7 +45,7 @@ def model(directory: Path) -> Model:
 def alone(model: Model, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[npt.NDArray[np.float32]]]:
     """By kv dtype: the logits after each of TOKENS, fed one at a time to a sequence that is alone."""
     result = {}
-    for kv_dtype in ("f32", "bf16", "f16"):
+    for kv_dtype in ("f32", "bf16", "f16", "int8"):
         driver = ModelDriver(model, make_pool(tmp_path_factory.mktemp("pool"), model.config, kv_dtype), range(1, 20))
         result[kv_dtype] = [driver.logits({"a": [token]})["a"] for token in TOKENS]
     return result
@@ -68,17 +68,17 @@ def _same_as_alone(
         assert np.array_equal(driver.logits({"a": chunk})["a"], expected[end - 1]), end
 
 
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "f16"])
-@pytest.mark.parametrize("block_size", [8, 16, 32, 0])
-def test_bits_depend_on_neither_block_size_nor_chunks(
-    tmp_path: Path, model: Model, alone: dict[str, list[Any]], kv_dtype: str, block_size: int
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "f16", "int8"])
+@pytest.mark.parametrize(("block_size", "layout"), [(8, "hnd"), (8, "nhd"), (16, "nhd"), (32, "hnd"), (0, "nhd")])
+def test_s13_bits_depend_on_neither_block_size_nor_layout_nor_chunks(
+    tmp_path: Path, model: Model, alone: dict[str, list[Any]], kv_dtype: str, block_size: int, layout: str
 ) -> None:
     kv: KvView
     if block_size:
-        kv = make_pool(tmp_path, model.config, kv_dtype, block_size)
+        kv = make_pool(tmp_path, model.config, kv_dtype, block_size, layout=layout)
         blocks = np.random.default_rng(block_size).permutation(64).tolist()
     else:
-        kv = make_contiguous(model.config, kv_dtype)
+        kv = make_contiguous(model.config, kv_dtype, layout=layout)
         blocks = [kv.take()]
     for max_chunk in (LENGTH, 70, 5):
         rng = np.random.default_rng(max_chunk)
@@ -86,7 +86,7 @@ def test_bits_depend_on_neither_block_size_nor_chunks(
         _same_as_alone(ModelDriver(model, kv, blocks), chunks, alone[kv_dtype])
 
 
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "f16", "int8"])
 def test_bits_are_the_same_among_31_others(
     tmp_path: Path, model: Model, alone: dict[str, list[Any]], kv_dtype: str
 ) -> None:
@@ -114,10 +114,10 @@ def test_bits_do_not_depend_on_how_many_scores_are_in_memory(
 
 def _poison(pool: PagedKv, block_ids: Sequence[int]) -> None:
     for block_id in block_ids:
-        pool.block(block_id)[...] = 0x7FC1 if pool.kv_dtype == "bf16" else np.nan
+        pool.block_bytes(block_id)[...] = 0xFF  # NaN, or scales that are
 
 
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "f16", "int8"])
 def test_s27_padding_is_never_read_and_block_0_is_a_real_block(
     tmp_path: Path, model: Model, alone: dict[str, list[Any]], kv_dtype: str
 ) -> None:
@@ -168,20 +168,28 @@ def test_s32_one_attention_call_per_layer_serves_the_whole_mixed_batch(
     assert calls == [(layer, 32) for layer in range(model.config.num_hidden_layers)]
 
 
-def test_a_step_writes_at_commit_only_and_only_its_slots(tmp_path: Path, model: Model) -> None:
-    pool = make_pool(tmp_path, model.config, "bf16", block_size=8)
+@pytest.mark.parametrize(("kv_dtype", "layout"), [("bf16", "hnd"), ("bf16", "nhd"), ("int8", "nhd")])
+def test_a_step_writes_at_commit_only_and_only_its_slots(
+    tmp_path: Path, model: Model, kv_dtype: str, layout: str
+) -> None:
+    pool = make_pool(tmp_path, model.config, kv_dtype, block_size=8, layout=layout)
     driver = ModelDriver(model, pool, range(20, 40))
     driver.logits({"a": TOKENS[:13]})
-    blocks = np.stack([pool.block(block_id).copy() for block_id in range(pool.num_blocks)])
+    everything = np.arange(pool.num_blocks, dtype=np.int32)
+
+    def contents() -> npt.NDArray[Any]:
+        """[num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]"""
+        return np.stack([pool.gather(everything, layer) for layer in range(pool.shape.num_layers)])
+
+    before = contents()
     batch = driver.batch({"a": TOKENS[13:18], "b": TOKENS[:4]})
     abandoned = model.begin(batch, pool)
     first = model.logits(abandoned)
-    assert all(np.array_equal(pool.block(block_id), blocks[block_id]) for block_id in range(pool.num_blocks))
+    assert np.array_equal(contents(), before)
     step = model.begin(batch, pool)
     assert np.array_equal(model.logits(step), first)
     model.commit(step)
-    now = np.stack([pool.block(block_id) for block_id in range(pool.num_blocks)])
-    changed = (now != blocks).any(axis=(1, 2, 3, 5))  # [num_blocks, block_size]
+    changed = (contents() != before).any(axis=(0, 2, 3, 5))  # [num_blocks, block_size]
     assert np.flatnonzero(changed.ravel()).tolist() == sorted(batch.slot_mapping.tolist())
 
 

@@ -42,6 +42,20 @@ def of_bf16(bits: Array) -> Array:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+def to_int8(rows: Array) -> tuple[Array, Array]:
+    """Bytes and float32 scales of rows of K or V, as `--kv-dtype int8` stores them."""
+    rows = rows.astype(np.float32)
+    scales = np.abs(rows).max(axis=-1) / np.float32(127)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        codes = np.where(scales[..., None] > 0, np.rint(rows / scales[..., None]), 0)
+    return np.clip(np.nan_to_num(codes), -127, 127).astype(np.int8), scales
+
+
+def of_int8(codes: Array, scales: Array) -> Array:
+    """float32 of bytes and scales."""
+    return codes.astype(np.float32) * scales[..., None]
+
+
 def tensor(name: str, values: Array, dtype: str) -> tuple[ArrayTensor, Array]:
     """A tensor of that type, and its exact values in float64."""
     if dtype == "BF16":

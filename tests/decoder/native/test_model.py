@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from services.decoder.errors import EngineFailedError
-from services.decoder.kv_view import KvView
+from services.decoder.kv_view import KvView, PagedKv
 from services.decoder.models import Model
 from services.decoder.ops.native import NativeOps
 from services.decoder.request import SamplingParams
@@ -129,18 +129,18 @@ def _same_as_alone(driver: ModelDriver, chunks: list[list[int]], expected: list[
 
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("precision", ["exact", "fast"])
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "f16"])
-def test_bits_depend_on_neither_block_size_nor_chunks(
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "f16", "int8"])
+def test_s13_bits_depend_on_neither_block_size_nor_layout_nor_chunks(
     tmp_path: Path, config: str, precision: str, kv_dtype: str
 ) -> None:
     model, expected = _model(config, precision), _alone(config, precision, kv_dtype)
-    for block_size in (8, 16, 32, 0):
+    for block_size, layout in ((8, "hnd"), (8, "nhd"), (16, "nhd"), (32, "hnd"), (0, "hnd"), (0, "nhd")):
         kv: KvView
         if block_size:
-            kv = make_pool(tmp_path, model.config, kv_dtype, block_size)
+            kv = make_pool(tmp_path, model.config, kv_dtype, block_size, layout=layout)
             blocks = np.random.default_rng(block_size).permutation(64).tolist()
         else:
-            kv = make_contiguous(model.config, kv_dtype)
+            kv = make_contiguous(model.config, kv_dtype, layout=layout)
             blocks = [kv.take()]
         for max_chunk in (LENGTH, 70, 5):
             rng = np.random.default_rng(max_chunk)
@@ -148,17 +148,19 @@ def test_bits_depend_on_neither_block_size_nor_chunks(
             _same_as_alone(ModelDriver(model, kv, blocks), chunks, expected)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize(
+    ("config", "precision", "kv_dtype"),
+    [*((config, precision, "bf16") for config in CONFIGS for precision in ("exact", "fast")), ("4bit", "fast", "int8")],
+)
 def test_bits_are_the_same_among_31_others_and_with_any_number_of_threads(
-    tmp_path: Path, config: str, precision: str
+    tmp_path: Path, config: str, precision: str, kv_dtype: str
 ) -> None:
-    expected = _alone(config, precision, "bf16")
+    expected = _alone(config, precision, kv_dtype)
     directory = write_tiny_checkpoint(tmp_path / "model", CONFIGS[config], seed=11)
     for threads in (1, 2, 5):
         rng = np.random.default_rng(threads)
         model = load(directory, NativeOps(precision, threads))
-        pool = make_pool(tmp_path, model.config, "bf16", num_blocks=900)
+        pool = make_pool(tmp_path, model.config, kv_dtype, num_blocks=900)
         driver, end = ModelDriver(model, pool, rng.permutation(900).tolist()), 0
         for chunk in _chunks(rng, 40):
             end += len(chunk)
@@ -168,31 +170,42 @@ def test_bits_are_the_same_among_31_others_and_with_any_number_of_threads(
             assert np.array_equal(logits["a"], expected[end - 1]), end
 
 
-def test_s27_padding_is_never_read_and_block_0_is_a_real_block(tmp_path: Path) -> None:
-    model, expected = _model("4bit", "fast"), _alone("4bit", "fast", "bf16")
-    pool = make_pool(tmp_path, model.config, "bf16")
+@pytest.mark.parametrize(("kv_dtype", "layout"), [("bf16", "hnd"), ("int8", "nhd")])
+def test_s27_padding_is_never_read_and_block_0_is_a_real_block(tmp_path: Path, kv_dtype: str, layout: str) -> None:
+    model, expected = _model("4bit", "fast"), _alone("4bit", "fast", kv_dtype)
+    pool = make_pool(tmp_path, model.config, kv_dtype, layout=layout)
     for block_id in range(pool.num_blocks):
-        pool.block(block_id)[...] = 0x7FC1  # NaN, in others' blocks and behind one's own rows
+        pool.block_bytes(block_id)[...] = 0xFF  # NaN, in others' blocks and behind one's own rows
     chunks = list(_chunks(np.random.default_rng(5), 20))
     for padding, blocks in ((0, [*range(1, 20)]), (-(2**31), [*range(20, 40)]), (63, [*range(40, 60), 0])):
         _same_as_alone(ModelDriver(model, pool, blocks, table_padding=padding), chunks, expected)
 
 
-def test_a_step_writes_at_commit_only_and_only_its_slots(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kv_dtype", "layout"), [("bf16", "hnd"), ("bf16", "nhd"), ("int8", "hnd"), ("int8", "nhd")])
+def test_a_step_writes_at_commit_only_and_only_its_slots(tmp_path: Path, kv_dtype: str, layout: str) -> None:
     model = _model("4bit", "fast")
-    pool = make_pool(tmp_path, model.config, "bf16", block_size=8)
+    pool = make_pool(tmp_path, model.config, kv_dtype, block_size=8, layout=layout)
     driver = ModelDriver(model, pool, range(20, 40))
     driver.logits({"a": TOKENS[:13]})
-    before = np.stack([pool.block(block_id).copy() for block_id in range(pool.num_blocks)])
+    before = _contents(pool)
     batch = driver.batch({"a": TOKENS[13:18], "b": TOKENS[:4]})
     first = model.logits(model.begin(batch, pool))
-    assert np.array_equal(np.stack([pool.block(b) for b in range(pool.num_blocks)]), before)
+    assert all(np.array_equal(now, then) for now, then in zip(_contents(pool), before, strict=True))
     step = model.begin(batch, pool)
     assert np.array_equal(model.logits(step), first)
     model.commit(step)
-    now = np.stack([pool.block(block_id) for block_id in range(pool.num_blocks)])
-    changed = (now != before).any(axis=(1, 2, 3, 5))
-    assert np.flatnonzero(changed.ravel()).tolist() == sorted(batch.slot_mapping.tolist())
+    for now, then in zip(_contents(pool), before, strict=True):
+        changed = (now != then).any(axis=(1, 2, 3))
+        assert np.flatnonzero(changed.ravel()).tolist() == sorted(batch.slot_mapping.tolist())
+
+
+def _contents(pool: PagedKv) -> list[Array]:
+    """Elements [num_blocks, num_layers, 2, num_kv_heads * head_dim, block_size], and scales likewise where there are some."""
+    blocks = np.stack([pool.block(block_id) for block_id in range(pool.num_blocks)])
+    parts = [np.moveaxis(blocks, -1, -2).reshape(*blocks.shape[:3], -1, blocks.shape[4])]
+    if pool.kv_dtype == "int8":
+        parts.append(np.stack([pool.scales(block_id) for block_id in range(pool.num_blocks)]))
+    return parts
 
 
 def test_s1_buffers_grow_only_when_needed(tmp_path: Path) -> None:
