@@ -35,6 +35,7 @@ from services.decoder.leases import (
     ManagerBack,
     PoolReady,
     SealRefused,
+    SessionEnded,
 )
 from services.decoder.request import (
     Admitted,
@@ -169,6 +170,11 @@ class Engine:
         """How often a sequence had to give its lease back and start over."""
         return self._scheduler.num_preempted
 
+    @property
+    def num_held_back(self) -> int:
+        """How often a step left a sequence out that was too far ahead of its seals."""
+        return self._scheduler.num_held_back
+
     def busy_ms(self) -> int | None:
         """How long the present step has lasted, in milliseconds; None when idle."""
         since = self._busy_since
@@ -283,8 +289,12 @@ class Engine:
                 answer(self._scheduler.held())
             case ManagerAway(reason):
                 self._away = reason
+                self._scheduler.answers_seals = False
+            case SessionEnded():
+                self._scheduler.answers_seals = False
             case ManagerBack():
                 self._away = None
+                self._scheduler.answers_seals = True
             case BlockSealed():
                 self._scheduler.sealed(message)
             case SealRefused():
@@ -344,6 +354,7 @@ class Engine:
         # Between two steps, when nobody writes either block, and the leader's rows are final: whole steps were committed.
         if start < end and copy_tokens(self._kv, leader.block_ids, sequence.block_ids, start, end):
             sequence.take_prompt(end)
+            self._scheduler.seal_full(sequence)
 
     def _is_drained(self, deadline: float) -> bool:
         """Whether the thread may end; past the deadline the sequences that are left fail."""

@@ -1,6 +1,7 @@
 """The engine's side of its leases: what it asks of whoever owns the blocks, and what comes back into its inbox.
 
-Every method of a port returns at once, and every answer is a message, because lease traffic is never on the token path.
+Every method of a port returns at once, and every answer is a message, because lease traffic is never on the token path:
+a step waits for nothing, and leaves out the sequences that lack blocks or are too far ahead of their seals.
 """
 
 from __future__ import annotations
@@ -99,6 +100,11 @@ class ManagerAway:
 
 
 @dataclass(frozen=True)
+class SessionEnded:
+    """The session is being opened anew: what was asked is answered after ManagerBack or PoolReady."""
+
+
+@dataclass(frozen=True)
 class ManagerBack:
     """The session was opened anew and every lease that the engine holds was claimed again."""
 
@@ -159,6 +165,7 @@ class ClaimsWanted:
 LeaseMessage = (
     PoolReady
     | ManagerAway
+    | SessionEnded
     | ManagerBack
     | LeaseGranted
     | LeaseRefused

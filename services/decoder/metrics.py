@@ -33,6 +33,8 @@ class DecoderCollector(Collector):
             yield from _of_leases(self.watch)
         if self.engine is not None:
             yield _counter("preemptions", "Leases given back, their requests queued again.", self.engine.num_preempted)
+            held_back = "Times that a step left a sequence out because its seals were not answered yet."
+            yield _counter("held_back", held_back, self.engine.num_held_back)
             yield from _of_steps(self.engine.meter)
         if self.info is not None:
             yield from _of_info(self.info)

@@ -51,6 +51,9 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # sorted by order
         self._seated: dict[int, Sequence] = {}  # by cache id, acquiring or running
         self.num_preempted = 0
+        self.num_held_back = 0  # times that a step left a sequence out because of its seals
+        # Whether there is a session in which seals are answered: nobody waits for them while the manager is away.
+        self.answers_seals = False
 
     @property
     def block_size(self) -> int:
@@ -69,6 +72,7 @@ class Scheduler:
                 owner.forget_hashes()
         self._block_size = block_size
         self._hasher = hasher
+        self.answers_seals = True
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence."""
@@ -108,7 +112,7 @@ class Scheduler:
         if num_cached >= len(sequence.token_ids) or num_cached % self.block_size:
             raise LeaseError(sequence, EngineFailedError(f"the lease has {num_cached} cached tokens"))
         sequence.take_blocks(answer.block_ids)
-        sequence.num_seals_asked = num_cached // self.block_size
+        sequence.num_seals_asked = sequence.num_sealed = num_cached // self.block_size
         is_first = sequence.start(num_cached, answer.age_ticket)
         self._note_prompt(sequence)
         if not is_first:
@@ -164,8 +168,11 @@ class Scheduler:
     def sealed(self, answer: BlockSealed) -> None:
         """Takes a seal in: a deduplicated block takes the place of its duplicate, which is given back."""
         sequence = self._seated.get(answer.cache_id)
-        if sequence is None or answer.block_id == answer.asked_block_id:
+        if sequence is None:
             return  # of a lease that was given back whole, its duplicates with it
+        sequence.num_sealed = max(sequence.num_sealed, answer.block_index + 1)  # answers come front to back
+        if answer.block_id == answer.asked_block_id:
+            return
         sequence.switch_block(answer.block_index, answer.block_id)
         self._port.release_block(answer.cache_id, answer.asked_block_id)
 
@@ -193,8 +200,11 @@ class Scheduler:
         budget = self._settings.max_num_batched_tokens
         chunks: list[Chunk] = []
         for sequence in (*decodes, *prefills):
-            # Without room it waits this step out, and the others go on.
+            # Without room, or too far ahead of its seals, it waits this step out, and the others go on.
             num_tokens = min(sequence.num_remaining, budget, self._room(sequence))
+            if self._waits_for_seal(sequence, num_tokens):
+                num_tokens = 0
+                self.num_held_back += 1
             self._grow(sequence, num_tokens)
             if num_tokens > 0:
                 chunks.append(Chunk(sequence, num_tokens))
@@ -203,6 +213,21 @@ class Scheduler:
 
     def _room(self, sequence: Sequence) -> int:
         return len(sequence.block_ids) * self.block_size - sequence.num_computed
+
+    def _waits_for_seal(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Whether, with so many more tokens, a crash of this process would cost more than is promised.
+
+        That is 2 * block_size - 1 tokens to compute again, the newest one included, and for a prefill a step's tokens more. So a
+        decode goes on for almost a block while the seal of the block before is under way, and waits only for one that takes longer.
+        """
+        is_answer_due = sequence.can_seal and sequence.num_sealed < sequence.num_seals_asked
+        if not self.answers_seals or not is_answer_due:
+            return False
+        most = 2 * self.block_size - 1
+        if sequence.num_remaining > 1:
+            most += self._settings.max_num_batched_tokens
+        num_known = sequence.num_computed + num_tokens + 1  # the token that is sampled then has no K/V yet
+        return num_known - sequence.num_sealed * self.block_size > most
 
     def _seat_waiting(self) -> None:
         while self._waiting and len(self._seated) < self._settings.max_seqs:

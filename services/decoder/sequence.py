@@ -59,6 +59,7 @@ class Sequence:
         self.growth_refused = False
         self.is_growth_needed = False  # of the Extend without an answer: it cannot go on without
         self.num_seals_asked = 0  # blocks at the front that are sealed, or asked to be
+        self.num_sealed = 0  # of these, blocks that the manager has said are
         self.can_seal = True
         self._block_hashes: list[bytes] = []
         params = request.sampling
@@ -162,6 +163,7 @@ class Sequence:
         self.growth_refused = False
         self.is_forking = False
         self.num_seals_asked = 0
+        self.num_sealed = 0
         self.can_seal = True
         self.num_computed = 0
 

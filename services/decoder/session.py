@@ -32,6 +32,7 @@ from services.decoder.leases import (
     PoolReady,
     Post,
     SealAsk,
+    SessionEnded,
 )
 from services.decoder.lock_file import WorkerLock, take_worker_lock
 from services.decoder.outbox import Ask, Outbox, ReleaseAsk
@@ -200,6 +201,7 @@ class ManagerLeases:
                     self._say_away(str(error))
                 else:
                     _log.warning("session_broken", reason=str(error))
+                    self._require_bound().post(SessionEnded())
             except ConfigError as error:
                 self._say_away(str(error))
             except Exception as error:  # a bug here must not leave the decoder without a session for ever

@@ -22,6 +22,7 @@ from services.decoder.errors import DecoderError
 from services.decoder.kv_view import KvView
 from services.decoder.leases import (
     AcquireAsk,
+    BlockSealed,
     ExtendAsk,
     ForkAsk,
     KvGeometry,
@@ -32,6 +33,7 @@ from services.decoder.leases import (
     PoolReady,
     Post,
     SealAsk,
+    SealRefused,
 )
 from services.decoder.request import Admitted, DecodeRequest, Event, Failed, Finished, SamplingParams, Token
 from services.decoder.sampler import RowSampling, Sampled
@@ -157,6 +159,8 @@ class PooledLeases:
         self.tables: dict[int, list[int]] = {}
         self.log: list[tuple[str, int, int]] = []
         self.hold_extends = False
+        self.hold_seals = False
+        self.held_seals: list[SealAsk] = []
         self.refuse: Callable[[str, int], DecoderError | None] = lambda kind, cache_id: None
         self.post: Post = lambda message: None
         self.announce = True
@@ -199,10 +203,24 @@ class PooledLeases:
 
     def seal(self, ask: SealAsk) -> None:
         self.log.append(("seal", ask.cache_id, ask.block_index))
+        error = self.refuse("seal", ask.cache_id)
+        if error is not None:
+            self.post(SealRefused(ask.cache_id, str(error)))
+            return
         self.seals.append(ask)
+        self.held_seals.append(ask)
+        if not self.hold_seals:
+            self.answer_seals()
 
     def release_block(self, cache_id: int, block_id: int) -> None:
         self.log.append(("release_block", cache_id, block_id))
+
+    def answer_seals(self, most: int | None = None) -> None:
+        """Answers seals that were held back, the oldest first."""
+        answered = self.held_seals[:most]
+        del self.held_seals[: len(answered)]
+        for ask in answered:
+            self.post(BlockSealed(ask.cache_id, ask.block_index, ask.block_id, ask.block_id))
 
     def grant_held(self) -> None:
         """Answers the extends that were held back."""

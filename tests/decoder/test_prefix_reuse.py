@@ -140,8 +140,6 @@ async def test_a_crashed_decoders_streams_go_on_and_recompute_less_than_two_bloc
         first.model.hold_at = 70
         first.submit(*requests)
         await asyncio.to_thread(first.model.until_held)
-        # A real step takes longer than a seal.
-        await asyncio.to_thread(poll, lambda: not first.leases._outbox._arrived and not first.leases._outbox._seals)
         await crash(first)
     had = {request.request_id: first.harness.outcomes[request.request_id] for request in requests}
     async with Decoder(manager.address) as second:
@@ -212,10 +210,12 @@ async def test_damaged_bytes_are_never_served(start_manager: StartManager) -> No
         assert after.tokens == expected_tokens(request)
 
 
-async def test_the_engine_never_waits_for_a_seal(start_manager: StartManager, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stream_within_its_bound_waits_for_no_seal_and_its_release_does(
+    start_manager: StartManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("services.decoder.session.CLOSE_WAIT_S", 0.05)  # it would wait for the seal in vain
     manager = start_manager("--num-blocks", "64")
-    request = make_request("unsealed", 40, 100)
+    request = make_request("unsealed", 20, 2 * BLOCK - 1 - 20)
     settings = EngineSettings(max_seqs=2, kv_capacity=512, max_num_batched_tokens=64, reserve_full=True)
     async with Decoder(manager.address, settings=settings) as decoder:
         never = asyncio.Event()

@@ -23,7 +23,7 @@ class Bench:
 
     def __init__(self, num_blocks: int = 64, **settings: Any) -> None:
         self.port = PooledLeases(num_blocks, BLOCK)
-        self.answers: list[LeaseGranted | LeaseRefused] = []
+        self.answers: list[LeaseGranted | LeaseRefused | BlockSealed] = []
         self.port.post = self.answers.append  # type: ignore[assignment]
         limits = EngineSettings(max_seqs=4, kv_capacity=64, max_num_batched_tokens=8)
         self.scheduler = Scheduler(replace(limits, **settings), self.port)
@@ -55,6 +55,8 @@ class Bench:
             answer = self.answers.pop(0)
             if isinstance(answer, LeaseGranted):
                 self.scheduler.granted(answer)
+            elif isinstance(answer, BlockSealed):
+                self.scheduler.sealed(answer)
             else:
                 self.scheduler.refused(answer)
 
