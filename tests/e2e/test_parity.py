@@ -25,7 +25,7 @@ from tests.e2e.streams import TIMEOUT_S, Received, receive, receive_rest, stub_o
 
 NUM_TOKENS = 64
 NUM_PROMPTS = 16
-KV_DTYPES = ("f32", "bf16", "f16")
+KV_DTYPES = ("f32", "bf16", "f16", "int8")
 # 24 random configurations: every third float32, 4-bit, 8-bit. The first of each kind run always.
 MATRIX = [(seed, (0, 4, 8)[seed % 3]) for seed in range(24)]
 
@@ -85,8 +85,10 @@ async def test_greedy_streams_that_arrive_at_different_steps_equal_mlx_lm(
     manager.wait_all_free()
 
 
-@pytest.mark.parametrize("kv_dtype", ["bf16", pytest.param("f32", marks=pytest.mark.slow)])
-async def test_row_s8_block_sizes_8_16_32_and_no_paged_agree_token_for_token(
+@pytest.mark.parametrize(
+    "kv_dtype", ["bf16", pytest.param("f32", marks=pytest.mark.slow), pytest.param("int8", marks=pytest.mark.slow)]
+)
+async def test_rows_s8_s13_block_sizes_8_16_32_and_no_paged_agree_token_for_token_in_either_layout(
     processes: Processes, tmp_path: Path, kv_dtype: str
 ) -> None:
     rng = np.random.default_rng(31)
@@ -95,11 +97,11 @@ async def test_row_s8_block_sizes_8_16_32_and_no_paged_agree_token_for_token(
     prompts = _ragged_prompts(rng, config.vocab_size, 70)
     gaps = rng.integers(0, 50, NUM_PROMPTS - 1).tolist()
     outputs: dict[str, list[Any]] = {}
-    for block_size in (None, 8, 16, 32):
+    for block_size, layout in ((None, "nhd"), (8, "hnd"), (16, "nhd"), (32, "hnd")):
         manager = None
         if block_size is not None:
             manager = processes.start_manager("--block-size", str(block_size), num_blocks=512)
-        flags = ("--kv-dtype", kv_dtype, "--max-num-batched-tokens", "48")
+        flags = ("--kv-dtype", kv_dtype, "--kv-layout", layout, "--max-num-batched-tokens", "48")
         decoder = processes.start_decoder(manager, *flags, model=model)
         outputs[str(block_size)] = await _greedy_as_they_arrive(decoder, prompts, gaps)
         decoder.kill()
