@@ -65,11 +65,11 @@ class RandomTokens:
 class Bench:
     """One loaded model; each run starts an engine of its own on it."""
 
-    def __init__(self, directory: Path, ops: Ops, kv_dtype: str) -> None:
+    def __init__(self, directory: Path, ops: Ops, kv_dtype: str, kv_layout: str = "hnd") -> None:
         checkpoint = open_checkpoint(directory)
         self.config: ModelConfig = read_model_config(checkpoint)
         self.ops = ops
-        self._kv_dtype = kv_dtype
+        self._kv_dtype, self._kv_layout = kv_dtype, kv_layout
         self._model = load_model(checkpoint, self.config, ops)
 
     def run(
@@ -112,6 +112,7 @@ class Bench:
             kv_dtype=self._kv_dtype,
             kv_capacity=capacity,
             max_seqs=count,
+            layout=self._kv_layout,
         )
 
     def decode(self, batch: int, context: int, num_steps: int) -> dict[str, Any]:
@@ -151,8 +152,9 @@ def make_bench_ops(backend: str, precision: str, threads: int | None, isa: str =
 def results(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One a batch size, or one for the prefill."""
     ops = make_bench_ops(arguments.backend, arguments.precision, arguments.threads, arguments.isa)
-    bench = Bench(arguments.model, ops, arguments.kv_dtype)
-    same = {"backend": arguments.backend, "numerics_id": ops.numerics_id}
+    bench = Bench(arguments.model, ops, arguments.kv_dtype, arguments.kv_layout)
+    kv = f"{arguments.kv_dtype} {arguments.kv_layout}"
+    same = {"backend": arguments.backend, "numerics_id": ops.numerics_id, "kv": kv}
     if arguments.prefill:
         yield bench.prefill(arguments.prefill, arguments.prefill_chunk) | same
         return
@@ -168,7 +170,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fast", "exact"], default="fast", help="of the native backend")
     parser.add_argument("--threads", type=int, help="of the native backend (default: the cores available)")
     parser.add_argument("--isa", default="", help="a set of native kernels, such as avx2 (default: the best)")
-    parser.add_argument("--kv-dtype", choices=["bf16", "f16", "f32"], default="bf16")
+    parser.add_argument("--kv-dtype", choices=["bf16", "f16", "f32", "int8"], default="bf16")
+    parser.add_argument("--kv-layout", choices=["hnd", "nhd"], default="hnd")
     parser.add_argument("--batch", default="1", help="batch sizes, such as 1,4,8")
     parser.add_argument("--context", type=int, default=64, help="tokens of each sequence before the first timed step")
     parser.add_argument("--steps", type=int, default=16, help="timed steps of each batch size")

@@ -7,9 +7,11 @@ import itertools
 import time
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from protos import kv_manager_pb2 as pb
 from protos import rich_status
 from services.kv_manager.block_pool import BlockState
 from services.kv_manager.errors import (
@@ -22,7 +24,8 @@ from services.kv_manager.errors import (
     to_status,
 )
 from services.kv_manager.sessions import MAX_TOMBSTONES
-from tests.kv_manager.helpers import Manager, chain_of
+from services.kv_manager.translate import registration
+from tests.kv_manager.helpers import FakeClock, Manager, chain_of, geometry
 
 MakeManager = Callable[..., Manager]
 
@@ -62,6 +65,21 @@ def test_s10_pool_bytes_overrides_the_default_size(make_manager: MakeManager) ->
     assert manager.lessor.pool is not None
     assert manager.lessor.pool.num_blocks == 10
     manager.check()
+
+
+def test_s20_one_pool_bytes_holds_nearly_twice_the_blocks_in_int8(tmp_path: Path) -> None:
+    num_blocks = {}
+    for kv_dtype in (pb.KV_DTYPE_BF16, pb.KV_DTYPE_INT8):
+        manager = Manager(tmp_path / str(kv_dtype), FakeClock(), pool_bytes=64 << 20)
+        request = manager.worker().request()
+        request.geometry.CopyFrom(geometry(kv_dtype=kv_dtype, layer_ids=range(8), num_kv_heads=4, head_dim=128))
+        manager.lessor.register(registration(request))
+        assert manager.lessor.pool is not None
+        num_blocks[kv_dtype] = manager.lessor.pool.num_blocks
+        manager.check()
+        manager.close()
+    # A row of 256 bytes becomes one of 128 with a scale of 4.
+    assert num_blocks == {pb.KV_DTYPE_BF16: 256, pb.KV_DTYPE_INT8: 256 * 256 // 132}
 
 
 def test_s12_s31_one_block_holds_all_layers_so_one_table_serves_them(make_manager: MakeManager) -> None:
