@@ -1,15 +1,19 @@
 """Checks, times and prints everything of the `cuda` backend on one GPU: `python -m tests.bench.gpu`, or `make gpu`.
 
 Without a GPU it says what it skipped, and why. The weights of the timed model are random, in Qwen3-30B-A3B's geometry, made on the
-GPU; mlx-lm runs beside it with weights of the same shapes. `--check-only` leaves the timings out, for a memory checker.
+GPU; mlx-lm runs beside it with weights of the same shapes.
 """
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # before MLX reads it: float32 parity is with float32
+
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ import mlx.core as mx
 
 from services.decoder.ops.cuda.driver import CudaDriver, CudaError
 from tests.bench.gpu_models import GEOMETRY, TimedModel, mlx_lm_model, random_model
-from tests.decoder.cuda import checks
+from tests.decoder.cuda import checks, parity, stage_checks
 
 # Step in ms at context 64, and at 1,024, as measured on another H100 with llama.cpp 0.3.36's Q4_0 and flash attention.
 _LLAMA_CPP = {1: (3.3, 3.4), 4: (5.8, 6.1), 8: (7.9, 8.3), 16: (14.7, 15.6), 32: (24.6, 26.2)}
@@ -30,7 +34,9 @@ def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=48)
-    parser.add_argument("--check-only", action="store_true")
+    parser.add_argument("--check-only", action="store_true", help="no timings")
+    parser.add_argument("--memory-check", action="store_true", help="little work, for compute-sanitizer; no timings")
+    parser.add_argument("--time-only", action="store_true", help="no checks")
     parser.add_argument(
         "--no-mlx-lm", action="store_true", help="mlx-lm's first quantised product compiles for a minute"
     )
@@ -41,13 +47,26 @@ def main() -> None:
         print(f"skipped: kernels, parity, batch invariance, speed: {error}")
         return
     print(f"{driver.name}, {driver.multiprocessors} multiprocessors, MLX {mx.__version__}")
-    failed = [line for line in checks.run(_MODEL) if not _say(line)]
-    if not args.check_only:
+    failed = [line for line in _checks(args) if not _say(line)]
+    if not args.check_only and not args.memory_check:
         bandwidth = _read_bandwidth(driver)
         print(f"read bandwidth: {bandwidth / 1e9:.0f} GB/s")
         _time_all(random_model(args.layers), bandwidth, None if args.no_mlx_lm else mlx_lm_model(args.layers))
     if failed:
         raise SystemExit(f"{len(failed)} checks failed")
+
+
+def _checks(args: argparse.Namespace) -> Iterator[tuple[str, bool]]:
+    if args.time_only:
+        return
+    yield from stage_checks.run(small=args.memory_check)
+    if args.memory_check:
+        return
+    for precision in ("bf16", "f32"):
+        print(f"the bundled model in {precision}", flush=True)
+        yield from checks.run(_MODEL, precision)
+    print("the parity matrix in float32", flush=True)
+    yield from parity.run()
 
 
 def _say(line: tuple[str, bool]) -> bool:

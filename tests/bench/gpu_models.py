@@ -15,6 +15,8 @@ from protos.pool_format import BlockShape
 from services.decoder.gpu_pool import GpuPool
 from services.decoder.models.qwen3_moe import Qwen3Moe, _Layer
 from services.decoder.ops.base import AttentionShape, AttentionTensors, LinearTensors, MoeShape, MoeTensors
+from services.decoder.ops.cuda.driver import CudaDriver
+from services.decoder.ops.cuda.fast import FastKernels
 from services.decoder.ops.cuda.ops import CudaOps
 from services.decoder.ops.cuda.table import addresses
 from services.decoder.ops.cuda.weights import ArrayTensor
@@ -102,7 +104,7 @@ class TimedModel:
 
 def random_model(num_layers: int) -> TimedModel:
     """Our model with 4-bit weights and an 8-bit router."""
-    g, ops = GEOMETRY, CudaOps()
+    g, ops = GEOMETRY, CudaOps(FastKernels(), CudaDriver())
     inv_freq = (1e6 ** (-np.arange(g.head_dim // 2) / (g.head_dim // 2))).astype(np.float32)
     shape = AttentionShape(g.heads, g.kv_heads, g.head_dim, 1e-6, 1e6, inv_freq, 1.0, 0)
     q_rows, kv_rows, stack = g.heads * g.head_dim, g.kv_heads * g.head_dim, (g.experts,)

@@ -13,6 +13,7 @@ __all__ = ["CudaDriver", "CudaError"]
 
 _MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _MAX_SHARED_BYTES = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _PORTABLE = 1  # CU_MEMHOSTALLOC_PORTABLE
 
 
@@ -23,6 +24,11 @@ class CudaDriver(CudaDevice):
     def multiprocessors(self) -> int:
         """How many blocks of one a multiprocessor run at once."""
         return self.attribute(_MULTIPROCESSORS)
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability, major and minor."""
+        return self.attribute(_CAPABILITY_MAJOR), self.attribute(_CAPABILITY_MINOR)
 
     @property
     def max_shared_bytes(self) -> int:

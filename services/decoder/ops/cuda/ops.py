@@ -1,12 +1,11 @@
 """The `cuda` backend behind `Ops`: the model's calls are recorded, and a step is two kernels, one that computes and one that commits.
 
-The whole forward pass is one persistent kernel (kernels/step.cuh), because a launch costs more than a small step's stages do.
-Nothing here imports CUDA before a GPU is used.
+The whole forward pass is one persistent kernel, because a launch costs more than a small step's stages do. There are two sets of
+kernels, `fast.FastKernels` and `plain.PlainKernels`. Nothing here imports CUDA before a GPU is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -27,18 +26,39 @@ from services.decoder.ops.base import (
     MoeTensors,
     Tensor,
 )
-from services.decoder.ops.cuda import source, table, weights
+from services.decoder.ops.cuda import source, table
 from services.decoder.ops.cuda.driver import CudaDriver
-from services.decoder.ops.cuda.weights import CudaAttention, CudaHead, CudaLinear, CudaMoe
 from services.decoder.sampler import Sampled, sample_rows
 
-_Kernel = Callable[..., list[mx.array]]
+_LEAST_CAPABILITY = (8, 0)  # tensor cores take bf16, and copies to shared memory are asynchronous
 
 
 class DevicePool(KvView, Protocol):
     """A K/V view whose bytes are in the memory of this process's GPU."""
 
     device_address: int  # of block 0
+
+
+class KernelSet(Protocol):
+    """One way to compute: turns tensors into its own handles, and a recorded model into kernels and memory."""
+
+    name: str  # of what its activations are rounded to
+    kv_dtypes: tuple[str, ...]
+    revision: str  # changes whenever the kernels' text does
+
+    def load_embedding(self, table: LinearTensors) -> Handle: ...
+    def load_attention(self, tensors: AttentionTensors, shape: AttentionShape) -> Handle: ...
+    def load_mlp(self, tensors: MlpTensors, rms_norm_eps: float) -> Handle: ...
+    def load_moe(self, tensors: MoeTensors, shape: MoeShape, rms_norm_eps: float) -> Handle: ...
+    def load_head(self, norm: Tensor, head: LinearTensors, rms_norm_eps: float) -> Handle: ...
+
+    def check(self, program: tuple[Any, ...]) -> None:
+        """Raises CheckpointError for a model that its parts did not refuse, but that cannot be run."""
+        ...
+
+    def build(self, driver: CudaDriver, program: tuple[Any, ...], capacity: table.Capacity) -> table.Built:
+        """Kernels and memory for steps up to `capacity` of one model: embedding, then attention and MLP of each layer, and head."""
+        ...
 
 
 @dataclass(eq=False)
@@ -52,56 +72,65 @@ class CudaStep:
 
 
 @dataclass(eq=False)
-class _Compiled:
-    """Kernels and memory for one model."""
+class _Running:
+    """What was built, and where its launches are."""
 
-    geometry: source.Geometry
-    small: _Kernel
-    large: _Kernel
-    commit: _Kernel
-    rows: _Kernel
-    buffers: table.Buffers
-    table: mx.array
-    keep: list[mx.array]  # what the table points to
+    built: table.Built
     done: mx.array  # the last launch's; an input of the next, so that MLX keeps their order
     launches: int = 0
 
 
 class CudaOps:
-    """See `Ops`. Takes Qwen3-MoE's structure, bf16 K/V, and 4- or 8-bit or bf16 weights; refuses the rest when it loads."""
+    """See `Ops`. What a set of kernels does not take is refused when it is loaded."""
 
     backend = "cuda"
     batch_invariant = True
 
-    def __init__(self, device: int = 0) -> None:
-        self._driver = CudaDriver(device)
-        self._compiled: _Compiled | None = None
+    def __init__(self, kernels: KernelSet, driver: CudaDriver) -> None:
+        capability = driver.capability
+        if capability < _LEAST_CAPABILITY:
+            wanted = ".".join(str(part) for part in _LEAST_CAPABILITY)
+            raise CheckpointError(
+                f"the cuda backend needs a GPU of compute capability {wanted}; {driver.name} has "
+                f"{capability[0]}.{capability[1]}; use --backend mlx"
+            )
+        self.kernels = kernels
+        self._driver = driver
+        self._running: _Running | None = None
         self._program: tuple[Any, ...] = ()
+        self._loaded: dict[str, list[Handle]] = {"embedding": [], "attention": [], "mlp": [], "head": []}
 
     @property
     def numerics_id(self) -> str:
         """See `Ops`."""
-        return f"cuda-bf16-sm90-{source.kernel_revision()}"
+        major, minor = self._driver.capability
+        return f"cuda-{self.kernels.name}-sm{major}{minor}-{self.kernels.revision}"
 
-    def load_embedding(self, table: LinearTensors) -> CudaLinear:
+    def load_embedding(self, table: LinearTensors) -> Handle:
         """See `Ops`."""
-        return weights.load_linear(table)
+        return self._kept("embedding", self.kernels.load_embedding(table))
 
-    def load_attention(self, tensors: AttentionTensors, shape: AttentionShape) -> CudaAttention:
+    def load_attention(self, tensors: AttentionTensors, shape: AttentionShape) -> Handle:
         """See `Ops`."""
-        return weights.load_attention(tensors, shape)
+        return self._kept("attention", self.kernels.load_attention(tensors, shape))
 
     def load_mlp(self, tensors: MlpTensors, rms_norm_eps: float) -> Handle:
-        """Refused: this backend has no dense layers yet."""
-        raise weights.refusal(tensors.gate_proj.weight, "a layer is dense")
-
-    def load_moe(self, tensors: MoeTensors, shape: MoeShape, rms_norm_eps: float) -> CudaMoe:
         """See `Ops`."""
-        return weights.load_moe(tensors, shape, rms_norm_eps)
+        return self._kept("mlp", self.kernels.load_mlp(tensors, rms_norm_eps))
 
-    def load_head(self, norm: Tensor, head: LinearTensors, rms_norm_eps: float) -> CudaHead:
+    def load_moe(self, tensors: MoeTensors, shape: MoeShape, rms_norm_eps: float) -> Handle:
         """See `Ops`."""
-        return CudaHead(weights.load_linear(head), weights.load_vector(norm), head.weight.shape[0], rms_norm_eps)
+        return self._kept("mlp", self.kernels.load_moe(tensors, shape, rms_norm_eps))
+
+    def load_head(self, norm: Tensor, head: LinearTensors, rms_norm_eps: float) -> Handle:
+        """See `Ops`."""
+        return self._kept("head", self.kernels.load_head(norm, head, rms_norm_eps))
+
+    def check_loaded(self) -> None:
+        """Raises CheckpointError when the model that was loaded cannot be run; for one model an instance."""
+        loaded = self._loaded
+        layers = zip(loaded["attention"], loaded["mlp"], strict=True)
+        self.kernels.check((loaded["embedding"][0], *(part for layer in layers for part in layer), loaded["head"][0]))
 
     def begin_step(self, batch: Batch, kv: KvView) -> CudaStep:
         """See `Ops`; the pool must be in GPU memory."""
@@ -109,55 +138,53 @@ class CudaOps:
             raise EngineFailedError(
                 "the cuda backend needs a pool in GPU memory; start the manager with --pool-memory cuda"
             )
-        if kv.kv_dtype != "bf16":
-            raise EngineFailedError(
-                f"--kv-dtype: the cuda backend takes bf16 K/V, not {kv.kv_dtype}; use --backend mlx"
-            )
-        if kv.shape.layout != "hnd":
-            raise EngineFailedError(
-                f"--kv-layout: the cuda backend takes hnd, not {kv.shape.layout}; use --backend mlx"
-            )
+        self.check_kv_dtype(kv.kv_dtype)
         return CudaStep(batch, cast(DevicePool, kv))
 
-    def embed(self, embedding: CudaLinear, step: CudaStep) -> CudaStep:
+    def check_kv_dtype(self, kv_dtype: str) -> None:
+        """Raises EngineFailedError for K/V that the kernels do not take."""
+        if kv_dtype not in self.kernels.kv_dtypes:
+            raise EngineFailedError(
+                f"--kv-dtype: the cuda backend's {self.kernels.name} kernels take {' or '.join(self.kernels.kv_dtypes)} "
+                f"K/V, not {kv_dtype}; choose one of these, --precision exact (which takes bf16, f16 and f32), or --backend mlx"
+            )
+
+    def embed(self, embedding: Handle, step: CudaStep) -> CudaStep:
         """Recorded."""
         step.calls.append(embedding)
         return step
 
-    def norm_qkv_rope(
-        self, attention: CudaAttention, hidden: CudaStep, step: CudaStep
-    ) -> tuple[CudaStep, CudaStep, CudaStep]:
+    def norm_qkv_rope(self, attention: Handle, hidden: CudaStep, step: CudaStep) -> tuple[CudaStep, CudaStep, CudaStep]:
         """Recorded."""
         step.calls.append(attention)
         return step, step, step
 
-    def attention(
-        self, attention: CudaAttention, layer: int, q: Handle, k: Handle, v: Handle, step: CudaStep
-    ) -> CudaStep:
+    def attention(self, attention: Handle, layer: int, q: Handle, k: Handle, v: Handle, step: CudaStep) -> CudaStep:
         """Part of the recorded layer."""
         return step
 
-    def out_proj_residual(self, attention: CudaAttention, attended: CudaStep, hidden: Handle) -> CudaStep:
+    def out_proj_residual(self, attention: Handle, attended: CudaStep, hidden: Handle) -> CudaStep:
         """Part of the recorded layer."""
         return attended
 
-    def dense_mlp(self, mlp: Handle, hidden: Handle) -> Handle:
-        """Never called: `load_mlp` refuses."""
-        raise NotImplementedError
+    def dense_mlp(self, mlp: Handle, hidden: CudaStep) -> CudaStep:
+        """Recorded."""
+        hidden.calls.append(mlp)
+        return hidden
 
-    def moe(self, moe: CudaMoe, hidden: CudaStep) -> CudaStep:
+    def moe(self, moe: Handle, hidden: CudaStep) -> CudaStep:
         """Recorded."""
         hidden.calls.append(moe)
         return hidden
 
-    def head_and_sample(self, head: CudaHead, hidden: CudaStep, step: CudaStep) -> Sampled:
+    def head_and_sample(self, head: Handle, hidden: CudaStep, step: CudaStep) -> Sampled:
         """See `Ops`: runs the recorded step. Rows with filters, penalties or reports are drawn on the host."""
-        compiled = self._launch(head, step)
+        running = self._launch(head, step)
         count = len(step.batch.sample_rows)
         if not count:
             return Sampled(np.empty(0, np.int32), [], [])
-        mx.eval(compiled.done)
-        token_ids = compiled.buffers.results[1 : 1 + count].copy()
+        mx.eval(running.done)
+        token_ids = running.built.buffers.results[1 : 1 + count].copy()
         if (token_ids < 0).any():
             raise EngineFailedError(f"the model's logits are not finite in sample row {int(np.argmin(token_ids))}")
         logprobs: list[float | None] = [None] * count
@@ -165,167 +192,88 @@ class CudaOps:
         others = [index for index, row in enumerate(step.batch.sampling) if not table.on_device(row)]
         if others:
             sampled = sample_rows(
-                self._logits(compiled, count)[others], [step.batch.sampling[index] for index in others]
+                self._logits(running, count)[others], [step.batch.sampling[index] for index in others]
             )
             for at, index in enumerate(others):
                 token_ids[index] = sampled.token_ids[at]
                 logprobs[index], top[index] = sampled.logprobs[at], sampled.top[at]
         return Sampled(token_ids, logprobs, top)
 
-    def logits(self, head: CudaHead, hidden: CudaStep, step: CudaStep) -> npt.NDArray[np.float32]:
+    def logits(self, head: Handle, hidden: CudaStep, step: CudaStep) -> npt.NDArray[np.float32]:
         """See `Ops`."""
-        compiled = self._launch(head, step)
-        return self._logits(compiled, len(step.batch.sample_rows))
+        running = self._launch(head, step)
+        return self._logits(running, len(step.batch.sample_rows))
 
     def commit(self, step: CudaStep) -> None:
         """See `Ops`; returns when the rows are in the pool, because what follows may give blocks away."""
-        compiled = self._compiled
-        if compiled is None or not step.launched:
+        running = self._running
+        if running is None or not step.launched:
             raise EngineFailedError("a step was committed before it ran")
-        (compiled.done,) = compiled.commit(**self._call(compiled, (1,), mx.int32))
-        mx.eval(compiled.done)
+        (running.done,) = running.built.commit(**self._call(running, (1,), mx.int32))
+        mx.eval(running.done)
 
     def scratch(self, name: str) -> npt.NDArray[Any]:
         """A copy of one of the kernels' buffers after the last step, for tests and benchmarks."""
-        compiled = self._compiled
-        if compiled is None:
+        running = self._running
+        if running is None:
             raise EngineFailedError("no step has run")
-        mx.eval(compiled.done)
+        mx.eval(running.done)
         # A copy: an array that the host looks into moves, and the kernels know it by its address.
-        return np.array(mx.contiguous(compiled.buffers.arrays[name] * 1))
+        array = running.built.buffers.arrays[name]
+        return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array * 1)
 
-    def _call(self, compiled: _Compiled, shape: tuple[int, ...], dtype: mx.Dtype) -> dict[str, Any]:
+    def _call(self, running: _Running, shape: tuple[int, ...], dtype: mx.Dtype) -> dict[str, Any]:
         threads = source.THREADS_PER_BLOCK
         return {
-            "inputs": [compiled.table, compiled.done],
+            "inputs": [running.built.table, running.done],
             "output_shapes": [shape],
             "output_dtypes": [dtype],
             "grid": (self._driver.multiprocessors * threads, 1, 1),
             "threadgroup": (threads, 1, 1),
         }
 
-    def _logits(self, compiled: _Compiled, count: int) -> npt.NDArray[np.float32]:
-        shape = (count, compiled.geometry.vocab_size)
-        return np.array(compiled.rows(**self._call(compiled, shape, mx.float32))[0])
+    def _logits(self, running: _Running, count: int) -> npt.NDArray[np.float32]:
+        shape = (count, running.built.vocab_size)
+        return np.array(running.built.rows(**self._call(running, shape, mx.float32))[0])
 
-    def _launch(self, head: CudaHead, step: CudaStep) -> _Compiled:
-        compiled = self._prepared(head, step)
-        buffers = compiled.buffers
-        shape = step.pool.shape
-        count = table.fill_step(
-            buffers.words, step.batch, step.pool.device_address, shape.stride_bytes, shape.block_size
-        )
+    def _launch(self, head: Handle, step: CudaStep) -> _Running:
+        running = self._prepared(head, step)
+        buffers, pool = running.built.buffers, step.pool
+        count = table.fill_step(buffers.words, step.batch, pool.device_address, pool.shape, pool.kv_dtype)
         # The slot's last reader, the step before the last, is over: its commit was waited for.
-        slot = buffers.step_address + compiled.launches % 2 * buffers.capacity.words * 4
+        slot = buffers.step_address + running.launches % 2 * buffers.capacity.words * 4
         self._driver.copy_to_device(slot, buffers.words[:count])
-        kernel = compiled.small if step.batch.num_tokens <= source.SMALL_ROWS else compiled.large
-        (compiled.done,) = kernel(**self._call(compiled, (1,), mx.int32))
-        compiled.launches += 1
+        kernel = running.built.small if step.batch.num_tokens <= source.SMALL_ROWS else running.built.large
+        (running.done,) = kernel(**self._call(running, (1,), mx.int32))
+        running.launches += 1
         step.launched = True
-        mx.async_eval(compiled.done)  # type: ignore[no-untyped-call]
-        return compiled
+        mx.async_eval(running.done)  # type: ignore[no-untyped-call]
+        return running
 
-    def _prepared(self, head: CudaHead, step: CudaStep) -> _Compiled:
+    def _prepared(self, head: Handle, step: CudaStep) -> _Running:
         program = (*step.calls, head)
         wanted = table.needed(step.batch)
-        compiled = self._compiled
+        running = self._running
         # Weights compare by identity.
-        if compiled is not None and program == self._program and compiled.buffers.capacity.holds(wanted):
-            return compiled
-        if compiled is not None:
-            mx.eval(compiled.done)  # nothing in flight reads the old buffers
-            wanted = compiled.buffers.capacity.joined(wanted)
-        self._compiled = self._compile(program, wanted)
-        self._program = program
-        return self._compiled
-
-    def _compile(self, program: tuple[Any, ...], wanted: table.Capacity) -> _Compiled:
-        embedding, *calls, head = program
-        layers = tuple(zip(calls[::2], calls[1::2], strict=True))
-        geometry = geometry_of(embedding, layers, head)
+        if running is not None and program == self._program and running.built.buffers.capacity.holds(wanted):
+            return running
+        if running is not None:
+            mx.eval(running.done)  # nothing in flight reads the old buffers
+            wanted = running.built.buffers.capacity.joined(wanted)
+            self._running = running = None  # they go before the new ones come
         capacity = table.Capacity(
             _round_up(wanted.rows, 32),
             _round_up(wanted.sample_rows, 32),
             _round_up(wanted.splits, 8),
             _round_up(wanted.words, 4096),
         )
-        buffers = table.make_buffers(self._driver, geometry, capacity)
-        shape: AttentionShape = layers[0][0].shape
-        inv_freq = mx.array(shape.rope_inv_freq.astype(np.float32)) * mx.array(1.0)
-        addresses, keep = table.make_table(buffers, embedding, layers, head, inv_freq)
-        small, large, commit, rows = _kernels(geometry, self._driver.max_shared_bytes)
-        done = mx.zeros((1,), mx.int32)
-        return _Compiled(geometry, small, large, commit, rows, buffers, addresses, [*keep, inv_freq], done)
+        built = self.kernels.build(self._driver, program, capacity)
+        self._running, self._program = _Running(built, mx.zeros((1,), mx.int32)), program
+        return self._running
 
-
-def geometry_of(embedding: CudaLinear, layers: table.Layers, head: CudaHead) -> source.Geometry:
-    """What the kernels are compiled for; a CheckpointError where they do not fit."""
-    attention, moe = layers[0]
-    shape = attention.shape
-
-    def widths(linears: list[CudaLinear]) -> int:
-        return sum({linear.bits for linear in linears})
-
-    everything = [embedding, head.linear]
-    for one, mixture in layers:
-        everything += [one.q, one.k, one.v, one.o, mixture.router, mixture.gate_up, mixture.down]
-    quantised_scales = {linear.wide_scales for linear in everything if linear.scales is not None}
-    if len(quantised_scales) > 1:
-        raise CheckpointError(
-            "scales are bf16 in some layers and not in others, which the cuda backend does not take; use --backend mlx"
-        )
-    geometry = source.Geometry(
-        num_layers=len(layers),
-        hidden_size=int(attention.input_norm.size),
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=head.vocab_size,
-        num_experts=moe.shape.num_experts,
-        num_experts_per_tok=moe.shape.num_experts_per_tok,
-        moe_intermediate_size=moe.width,
-        norm_topk_prob=moe.shape.norm_topk_prob,
-        window_tokens=shape.window_tokens,
-        rms_norm_eps=shape.rms_norm_eps,
-        attention_scale=shape.scale,
-        rope_attention_factor=shape.rope_attention_factor,
-        attention_widths=widths([part for one, _ in layers for part in (one.q, one.k, one.v, one.o)]),
-        router_widths=widths([one.router for _, one in layers]),
-        expert_widths=widths([part for _, one in layers for part in (one.gate_up, one.down)]),
-        head_widths=head.linear.bits,
-        wide_scales=quantised_scales.pop() if quantised_scales else False,
-    )
-    problem = geometry.problem()
-    if problem:
-        raise CheckpointError(f"the cuda backend does not take this model: {problem}; use --backend mlx")
-    return geometry
-
-
-def _kernels(geometry: source.Geometry, shared_bytes: int) -> tuple[_Kernel, _Kernel, _Kernel, _Kernel]:
-    header = source.header(geometry)
-
-    def build(name: str, body: str, shared: int) -> Any:
-        return mx.fast.cuda_kernel(
-            name=f"leasehold_{name}",
-            input_names=["table", "previous"],
-            output_names=["done"],
-            source=body,
-            header=header,
-            ensure_row_contiguous=False,
-            shared_memory=shared,
-        )
-
-    wanted = source.shared_bytes(geometry)
-    if wanted > shared_bytes:
-        raise EngineFailedError(
-            f"the cuda backend needs {wanted} bytes of shared memory a block; this GPU has {shared_bytes}"
-        )
-    return (
-        build("small_step", source.SMALL_BODY, wanted),
-        build("large_step", source.LARGE_BODY, wanted),
-        build("commit", source.COMMIT_BODY, 0),
-        build("rows", source.ROWS_BODY, 0),
-    )
+    def _kept(self, kind: str, handle: Handle) -> Handle:
+        self._loaded[kind].append(handle)
+        return handle
 
 
 def _round_up(value: int, to: int) -> int:

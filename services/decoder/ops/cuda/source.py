@@ -11,8 +11,9 @@ THREADS_PER_BLOCK = 32 * WARPS_PER_BLOCK
 SMALL_ROWS = 32  # rows of a small step: SMALL_ROWS in common.cuh
 UNIT = 64  # inputs of a tile: UNIT in common.cuh
 
-_FILES = (
+FAST_FILES = (
     "common",
+    "geometry",
     "linear",
     "dense_small",
     "moe_small",
@@ -23,6 +24,7 @@ _FILES = (
     "sample",
     "step",
 )
+PLAIN_FILES = ("common", "sample", "plain", "plain_attention", "plain_step")
 
 # MLX declares its kernels without bounds, and the compiler would give a thread more registers than 512 of them can have.
 _LAUNCH_BOUNDS = (
@@ -39,6 +41,19 @@ COMMIT_BODY = (
 ROWS_BODY = (
     "    const lh::Table& t = *reinterpret_cast<const lh::Table*>(table);\n"
     "    const lh::u64 count = lh::u64(lh::step_of(t, t.launches[0] - 1).sample_rows) * lh::VOCAB;\n"
+    "    for (lh::u64 i = blockIdx.x * lh::THREADS + threadIdx.x; i < count; i += gridDim.x * lh::THREADS)\n"
+    "        done[i] = t.logits[i];\n"
+)
+
+
+PLAIN_BODY = "    lh::run_plain(*reinterpret_cast<const lh::PlainTable*>(table), done);\n"
+PLAIN_COMMIT_BODY = (
+    "    lh::plain_commit(*reinterpret_cast<const lh::PlainTable*>(table));\n"
+    "    if (blockIdx.x + threadIdx.x == 0) done[0] = previous[0];\n"
+)
+PLAIN_ROWS_BODY = (
+    "    const lh::PlainTable& t = *reinterpret_cast<const lh::PlainTable*>(table);\n"
+    "    const lh::u64 count = lh::u64(lh::plain_step_of(t, t.launches[0] - 1).sample_rows) * t.vocab;\n"
     "    for (lh::u64 i = blockIdx.x * lh::THREADS + threadIdx.x; i < count; i += gridDim.x * lh::THREADS)\n"
     "        done[i] = t.logits[i];\n"
 )
@@ -97,15 +112,20 @@ def shared_bytes(geometry: Geometry) -> int:
     return -(-(table + small + max(arriving + parts, attention, window, stages)) // 128) * 128
 
 
-def kernel_text() -> str:
-    """All kernel files in their order."""
+def kernel_text(files: tuple[str, ...]) -> str:
+    """Some kernel files, one after the other."""
     folder = resources.files(__package__) / "kernels"
-    return "".join((folder / f"{name}.cuh").read_text(encoding="utf-8") for name in _FILES)
+    return "".join((folder / f"{name}.cuh").read_text(encoding="utf-8") for name in files)
 
 
-def kernel_revision() -> str:
+def kernel_revision(files: tuple[str, ...]) -> str:
     """Eight digits that change whenever the kernels' text does."""
-    return hashlib.blake2b(kernel_text().encode(), digest_size=4).hexdigest()
+    return hashlib.blake2b(kernel_text(files).encode(), digest_size=4).hexdigest()
+
+
+def plain_header() -> str:
+    """Everything before a plain kernel's own function; the same for every model."""
+    return kernel_text(PLAIN_FILES) + _LAUNCH_BOUNDS
 
 
 def header(geometry: Geometry) -> str:
@@ -133,4 +153,4 @@ def header(geometry: Geometry) -> str:
         "SHARED_BYTES": shared_bytes(geometry),
     }
     lines = "".join(f"#define LH_{name} {value}\n" for name, value in defines.items())
-    return lines + kernel_text() + _LAUNCH_BOUNDS
+    return lines + kernel_text(FAST_FILES) + _LAUNCH_BOUNDS

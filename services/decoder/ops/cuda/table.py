@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,17 +11,15 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from protos.pool_format import BlockShape
 from services.decoder.batch import Batch
 from services.decoder.ops.cuda.driver import CudaDriver
-from services.decoder.ops.cuda.source import Geometry
-from services.decoder.ops.cuda.weights import CudaAttention, CudaHead, CudaLinear, CudaMoe
 from services.decoder.sampler import RowSampling, uniform
 
 HEADER_WORDS = 32
 SPLIT_KEYS = 256  # of attention: SPLIT_KEYS in attention.cuh
 BARRIERS = 64
-
-Layers = tuple[tuple[CudaAttention, CudaMoe], ...]
+KV_KINDS = {"bf16": 16, "f16": 17, "f32": 32}  # KIND_* in plain.cuh
 
 
 def addresses(arrays: list[mx.array | None]) -> list[int]:
@@ -83,68 +83,47 @@ class Buffers:
     arrays: dict[str, mx.array] = field(default_factory=dict)
 
 
-def make_buffers(driver: CudaDriver, geometry: Geometry, capacity: Capacity) -> Buffers:
-    """Allocates everything for steps up to `capacity`."""
+@dataclass(frozen=True)
+class Built:
+    """Kernels and memory for one model, from either set of kernels."""
+
+    vocab_size: int
+    small: Callable[..., list[mx.array]]
+    large: Callable[..., list[mx.array]]
+    commit: Callable[..., list[mx.array]]
+    rows: Callable[..., list[mx.array]]
+    buffers: Buffers
+    table: mx.array
+    keep: list[mx.array]  # what the table points to
+
+
+def make_arrays(driver: CudaDriver, capacity: Capacity, sizes: dict[str, tuple[int, mx.Dtype]]) -> Buffers:
+    """Allocates everything for steps up to `capacity`; `sizes` are the elements of each array of a set of kernels."""
     results_address, results = driver.pinned(1 + capacity.sample_rows)
-    rows, g = capacity.rows, geometry
-    q_rows, kv_rows = g.num_heads * g.head_dim, g.num_kv_heads * g.head_dim
-    part = 8 * g.head_dim + 16
-    assignments = rows * g.num_experts_per_tok
-    large = rows > 32
-    sizes = {
+    shared = {
         "barriers": (BARRIERS, mx.uint32),
         "launches": (64, mx.uint32),
         "step": (2 * capacity.words, mx.int32),
-        "hidden": (rows * g.hidden_size, mx.float32),
-        "normed": (rows * g.hidden_size, mx.bfloat16),
-        "squares": (rows * g.hidden_size // 16, mx.float32),
-        "qkv": (rows * (q_rows + 2 * kv_rows), mx.float32),
-        "q": (rows * q_rows, mx.bfloat16),
-        "kv": (g.num_layers * rows * 2 * kv_rows, mx.bfloat16),
-        "attended": (rows * q_rows, mx.bfloat16),
-        "parts": (min(rows, 32) * g.num_kv_heads * capacity.splits * part, mx.float32),
-        "arrivals": (rows * g.num_kv_heads, mx.uint32),
-        "router": (rows * g.num_experts, mx.float32),
-        "act": (assignments * g.moe_intermediate_size, mx.bfloat16),
-        "wide": (assignments * g.hidden_size if large else 64, mx.float32),
-        "groups": (4 * assignments + 8 * g.num_experts + 1024, mx.int32),
-        "topk_weights": (assignments, mx.float32),
-        "inverse": (rows, mx.float32),
-        "logits": (capacity.sample_rows * g.vocab_size, mx.float32),
     }
-    arrays = {name: mx.zeros((max(size, 64),), dtype) for name, (size, dtype) in sizes.items()}
+    arrays = {name: mx.zeros((max(size, 64),), dtype) for name, (size, dtype) in (shared | sizes).items()}
     mx.eval(list(arrays.values()))
     words = np.zeros(capacity.words, np.int32)
     return Buffers(capacity, words, addresses([arrays["step"]])[0], results, results_address, arrays)
 
 
-def make_table(
-    buffers: Buffers, embedding: CudaLinear, layers: Layers, head: CudaHead, inv_freq: mx.array
-) -> tuple[mx.array, list[mx.array]]:
-    """The table in GPU memory, and the arrays that must live as long as it."""
-    a = buffers.arrays
-    order: list[mx.array | int | None] = [
-        *(a["barriers"], a["launches"], a["step"], buffers.capacity.words),
-        *(a[name] for name in ("hidden", "normed", "squares", "qkv", "q", "kv", "attended", "parts")),
-        *(a[name] for name in ("arrivals", "router", "act", "wide", "groups", "topk_weights", "logits", "inverse")),
-        *(buffers.results_address, inv_freq, head.norm),
-        *_linear(embedding),
-        *_linear(head.linear),
-    ]
-    for attention, moe in layers:
-        for linear in (attention.q, attention.k, attention.v, attention.o, moe.router, moe.gate_up, moe.down):
-            order.extend(_linear(linear))
-        order.extend((attention.input_norm, moe.norm, attention.q_norm, attention.k_norm))
-    arrays = [entry for entry in order if isinstance(entry, mx.array)]
-    found = iter(addresses(list(arrays)))
-    words = [next(found) if isinstance(entry, mx.array) else entry or 0 for entry in order]
-    table = mx.array(np.array(words, np.uint64)) + mx.array(0, mx.uint64)
-    mx.eval(table)
-    return table, arrays
-
-
-def _linear(linear: CudaLinear) -> tuple[mx.array, mx.array | None, int]:
-    return linear.tiles, linear.scales, linear.bits
+def compile_kernel(name: str, body: str, header: str, shared_bytes: int) -> Any:
+    """A kernel of (table, previous) that writes `done`; MLX compiles it when it is first launched."""
+    # MLX keeps what it compiled by the name alone, in the process and on disk: another text must have another name.
+    digest = hashlib.blake2b((header + body).encode(), digest_size=8).hexdigest()
+    return mx.fast.cuda_kernel(
+        name=f"leasehold_{name}_{digest}",
+        input_names=["table", "previous"],
+        output_names=["done"],
+        source=body,
+        header=header,
+        ensure_row_contiguous=False,
+        shared_memory=shared_bytes,
+    )
 
 
 def needed(batch: Batch) -> Capacity:
@@ -155,8 +134,9 @@ def needed(batch: Batch) -> Capacity:
     return Capacity(rows, samples, last // SPLIT_KEYS + 1, words)
 
 
-def fill_step(to: npt.NDArray[np.int32], batch: Batch, pool: int, stride: int, block_size: int) -> int:
-    """Writes a batch as the kernels read it; returns the number of words."""
+def fill_step(to: npt.NDArray[np.int32], batch: Batch, pool: int, shape: BlockShape, kv_dtype: str) -> int:
+    """Writes a batch as the kernels read it, with the pool's address in GPU memory; returns the number of words."""
+    block_size, rows = shape.block_size, shape.row_strides
     counts = np.diff(batch.cu_seqlens)
     sequences = np.repeat(np.arange(batch.num_seqs, dtype=np.int32), counts)
     slots = np.stack((batch.slot_mapping // block_size, batch.slot_mapping % block_size), axis=1).astype(np.int32)
@@ -183,6 +163,7 @@ def fill_step(to: npt.NDArray[np.int32], batch: Batch, pool: int, stride: int, b
         to[10 + index] = at
         to[at : at + array.size] = array.reshape(-1)
         at += array.size
+    to[20:25] = (KV_KINDS[kv_dtype], rows.layer, rows.value, rows.head, rows.token)
     last = int(batch.positions.max()) if batch.num_tokens else 0
     to[:10] = (
         *(
@@ -193,7 +174,7 @@ def fill_step(to: npt.NDArray[np.int32], batch: Batch, pool: int, stride: int, b
             block_size,
             last // SPLIT_KEYS + 1,
         ),
-        *np.array([pool, stride], np.uint64).view(np.int32),
+        *np.array([pool, shape.stride_bytes], np.uint64).view(np.int32),
     )
     return at
 

@@ -126,7 +126,7 @@ def load_linear(tensors: LinearTensors) -> CudaLinear:
 
 def load_vector(tensor: Tensor) -> mx.array:
     """A vector in float32, made by the GPU so that it is not in memory shared with the host."""
-    vector = _on_device(tensor).astype(mx.float32) * mx.array(1.0)
+    vector = on_device(tensor).astype(mx.float32) * mx.array(1.0)
     mx.eval(vector)
     return vector
 
@@ -156,7 +156,7 @@ def _stack(tensors: ExpertTensors) -> _Parts:
         raise refusal(first.weight, "a linear layer has a bias")
 
     def joined(name: str) -> mx.array:
-        arrays = [_on_device(getattr(one, name)) for one in layers]
+        arrays = [on_device(getattr(one, name)) for one in layers]
         return arrays[0] if not isinstance(tensors, tuple) else mx.stack(arrays)
 
     if first.scales is None or first.biases is None:
@@ -203,7 +203,8 @@ def _tile(parts: _Parts) -> CudaLinear:
     return CudaLinear(tiles, tiled, parts.bits, wide)
 
 
-def _on_device(tensor: Tensor) -> mx.array:
+def on_device(tensor: Tensor) -> mx.array:
+    """A tensor as an array."""
     if isinstance(tensor, ArrayTensor):
         return tensor.array
     array = mx.array(tensor.numpy())

@@ -7,6 +7,7 @@ namespace lh {
 constexpr int TILE_KEYS = 32, SPLIT_KEYS = 256, SPLIT_TILES = SPLIT_KEYS / TILE_KEYS, GROUP_WARPS = 8;
 constexpr int SPANS = HEAD_DIM / 32, DIM_TILES = HEAD_DIM / 16, ROW_CHUNKS = HEAD_DIM / 8; // of 16 bytes
 constexpr int PART_FLOATS = 8 * HEAD_DIM + 16;                                             // of one split: outputs, maxima, sums
+constexpr int ROW_BYTES = HEAD_DIM * int(sizeof(bf16));
 constexpr float MASKED = -1e30f;
 
 // Norm and rotation of q and k, rounding of k and v: a warp for each head of each row.
@@ -55,20 +56,21 @@ struct Keys {
     const char* own;  // K of the sequence's first row in this step
     const int* table;
     u64 stride;
-    int block_size, context;
+    int block_size, context, token_bytes, value_bytes;
     __device__ __forceinline__ Keys(const Table& t, const Step& step, int layer, int row, int kv_head) {
         block_size = step.get(BLOCK_SIZE), context = step.array(AT_CONTEXTS)[row], stride = step.stride();
         table = step.array(AT_TABLES) + u64(step.array(AT_SEQS)[row]) * step.get(TABLE_WIDTH);
-        pool = step.pool() + (u64(layer) * 2 * KV_HEADS + kv_head) * block_size * HEAD_DIM * sizeof(bf16);
+        pool = step.pool() + step.block_row(layer, 0, kv_head) * ROW_BYTES;
+        token_bytes = step.get(TOKEN_ROWS) * ROW_BYTES, value_bytes = step.get(VALUE_ROWS) * ROW_BYTES;
         const int start = step.array(AT_STARTS)[row];
         own = reinterpret_cast<const char*>(t.kv + (u64(layer) * step.rows + start) * 2 * KV_ROWS + kv_head * HEAD_DIM);
     }
     __device__ __forceinline__ const char* key(int position) const {
         if (position >= context) return own + u64(position - context) * 2 * KV_ROWS * sizeof(bf16);
-        return pool + table[position / block_size] * stride + (position % block_size) * (HEAD_DIM * sizeof(bf16));
+        return pool + table[position / block_size] * stride + (position % block_size) * token_bytes;
     }
     __device__ __forceinline__ u64 value_offset(int position) const { // from a key to its value
-        return position >= context ? KV_ROWS * sizeof(bf16) : u64(KV_HEADS) * block_size * HEAD_DIM * sizeof(bf16);
+        return position >= context ? KV_ROWS * int(sizeof(bf16)) : value_bytes;
     }
 };
 

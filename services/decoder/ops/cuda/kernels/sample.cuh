@@ -10,14 +10,12 @@ struct SampleShared {
 };
 
 // A block a row. The order of every sum is fixed: a warp's share of the vocabulary, lanes within 32 neighbours, warps in turn.
-LH_STAGE void sample_row(const Table& table, Step step, int index) {
-    SampleShared& shared = *reinterpret_cast<SampleShared*>(turns());
-    constexpr int SHARE = (VOCAB + WARPS * 32 - 1) / (WARPS * 32) * 32;
+__device__ __forceinline__ void draw(const float* logits, int vocab, float temperature, float noise, SampleShared& shared, int* result) {
+    const int share = (vocab + WARPS * 32 - 1) / (WARPS * 32) * 32;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const int from = warp * SHARE, to = from + SHARE < VOCAB ? from + SHARE : VOCAB;
-    const float* logits = table.logits + u64(index) * VOCAB;
+    const int from = warp * share, to = from + share < vocab ? from + share : vocab;
     float best = -infinity();
-    int at = VOCAB;
+    int at = vocab;
     for (int i = from + lane; i < to; i += 32) {
         const float value = logits[i];
         if (value > best || value != value) best = value != value ? infinity() : value, at = value != value ? -1 : i;
@@ -34,10 +32,9 @@ LH_STAGE void sample_row(const Table& table, Step step, int index) {
         for (int w = 1; w < WARPS; ++w)
             if (shared.best[w] > best) best = shared.best[w], at = shared.at[w];
         shared.highest = best;
-        shared.chosen = best < infinity() && at < VOCAB ? at : -1; // -1: not finite, and the host says so
+        shared.chosen = best < infinity() && at < vocab ? at : -1; // -1: not finite, and the host says so
     }
     __syncthreads();
-    const float temperature = __int_as_float(step.array(AT_TEMPERATURES)[index]);
     if (temperature > 0.0f && shared.chosen >= 0) {
         const float highest = shared.highest, scale = 1.44269504f / temperature;
         float mass = 0.0f;
@@ -48,7 +45,7 @@ LH_STAGE void sample_row(const Table& table, Step step, int index) {
         double total = 0.0, before = 0.0;
         int owner = WARPS - 1;
         for (int w = 0; w < WARPS; ++w) total += shared.mass[w];
-        const double target = double(__int_as_float(step.array(AT_NOISE)[index])) * total;
+        const double target = double(noise) * total;
         for (int w = 0; w < WARPS; ++w) {
             if (target < before + shared.mass[w]) { owner = w; break; }
             if (w < WARPS - 1) before += shared.mass[w];
@@ -75,7 +72,7 @@ LH_STAGE void sample_row(const Table& table, Step step, int index) {
         }
         __syncthreads();
     }
-    if (threadIdx.x == 0) table.results[1 + index] = shared.chosen;
+    if (threadIdx.x == 0) *result = shared.chosen;
     __syncthreads();
 }
 

@@ -28,6 +28,11 @@ LH_STAGE void embed(const Table& table, Step step) {
     }
 }
 
+LH_STAGE void sample_row(const Table& table, Step step, int index) {
+    draw(table.logits + u64(index) * VOCAB, VOCAB, __int_as_float(step.array(AT_TEMPERATURES)[index]),
+         __int_as_float(step.array(AT_NOISE)[index]), *reinterpret_cast<SampleShared*>(turns()), table.results + 1 + index);
+}
+
 // Stages that begin with weights start to load them before they wait for the stage before.
 __device__ __forceinline__ void layer_small(const Table& table, const Step& step, int index, Grid& grid) {
     const Layer& layer = table.layers[index];
@@ -110,7 +115,7 @@ template <bool IS_LARGE> __device__ __forceinline__ void run_step(const Table& t
 __device__ __forceinline__ void commit_rows(const Table& table) {
     constexpr int CHUNKS = HEAD_DIM / 8; // of 16 bytes
     const Step step = step_of(table, table.launches[0] - 1);
-    const int block_size = step.get(BLOCK_SIZE), lane = threadIdx.x & 31;
+    const int lane = threadIdx.x & 31;
     const int jobs = LAYERS * step.rows * 2 * KV_HEADS, at_once = 32 / CHUNKS;
     for (int from = (blockIdx.x * WARPS + (threadIdx.x >> 5)) * at_once; from < jobs; from += gridDim.x * WARPS * at_once) {
         const int job = from + lane / CHUNKS, head = job % KV_HEADS, part = job / KV_HEADS % 2, row = job / (2 * KV_HEADS) % step.rows;
@@ -118,7 +123,7 @@ __device__ __forceinline__ void commit_rows(const Table& table) {
         const int layer = job / (2 * KV_HEADS * step.rows);
         const int* slots = step.array(AT_SLOTS) + row * 2; // block id, offset in the block
         char* to = step.pool() + u64(slots[0]) * step.stride() +
-                   (((u64(layer) * 2 + part) * KV_HEADS + head) * block_size + slots[1]) * HEAD_DIM * 2;
+                   (step.block_row(layer, part, head) + u64(slots[1]) * step.get(TOKEN_ROWS)) * ROW_BYTES;
         reinterpret_cast<uint4*>(to)[lane % CHUNKS] = reinterpret_cast<const uint4*>(table.kv)[u64(job) * CHUNKS + lane % CHUNKS];
     }
 }
