@@ -126,6 +126,25 @@ static int vectors(const kernels *best, const kernels *plain) {
     return close_to("vectors", a[0], a[1], 411) | close_to("total", total, total + 1, 1);
 }
 
+/* These have the same bits everywhere, plain C included. */
+static int sampling(const kernels *best, const kernels *plain) {
+    enum { LOGITS = 1013 };
+    static float logits[LOGITS], tiles[2][LOGITS / SAMPLE_TILE + 1];
+    static double weights[2][LOGITS];
+    const kernels *both[2] = {best, plain};
+    double mass[2];
+    for (int i = 0; i < LOGITS; i++) logits[i] = 40 * number();
+    logits[17] = -INFINITY;
+    for (int which = 0; which < 2; which++) {
+        both[which]->block_maxima(logits, LOGITS, tiles[which]);
+        mass[which] = both[which]->weigh(logits, LOGITS, 40, 0.7, weights[which]);
+    }
+    checksum("tiles", tiles[0], LOGITS / SAMPLE_TILE + 1);
+    checksum("weights", (const float *)weights[0], 2 * LOGITS);
+    checksum("mass", (const float *)mass, 2);
+    return memcmp(tiles[0], tiles[1], sizeof tiles[0]) || memcmp(weights[0], weights[1], sizeof weights[0]) || mass[0] != mass[1];
+}
+
 int main(void) {
     const kernels *best = kernels_for(""), *plain = kernels_for("plain");
     int bad = 0;
@@ -147,6 +166,6 @@ int main(void) {
         bad |= attention(best, plain, FORMAT_F16, head_dim);
         bad |= attention(best, plain, FORMAT_I8, head_dim);
     }
-    bad |= vectors(best, plain) | bytes_of_rows(best, plain);
+    bad |= vectors(best, plain) | bytes_of_rows(best, plain) | sampling(best, plain);
     return bad;
 }

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
-KERNEL_TESTS = [str(HERE / name) for name in ("test_linear.py", "test_moe.py", "test_attention.py")]
+KERNEL_TESTS = [str(HERE / name) for name in ("test_linear.py", "test_moe.py", "test_attention.py", "test_sampling.py")]
 
 
 def _runtime(library: str) -> str:

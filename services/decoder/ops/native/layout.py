@@ -115,3 +115,22 @@ class RecordedOp(ctypes.Structure):
     """`recorded_op`."""
 
     _fields_ = [("code", c_int32), ("layer", c_int32), ("handle", c_void_p)]
+
+
+class SampleRow(ctypes.Structure):
+    """`sample_row`: how one token is drawn, and what came of it."""
+
+    _fields_ = [
+        ("logits", c_void_p),
+        ("raw", c_void_p),
+        ("temperature", c_double),
+        ("top_p", c_double),
+        ("min_p", c_double),
+        ("noise", c_double),
+        ("top_k", c_int64),
+        ("alternatives", c_void_p),
+        ("num_alternatives", c_int32),
+        ("token_id", c_int32),
+        ("raw_largest", c_double),
+        ("raw_mass", c_double),
+    ]

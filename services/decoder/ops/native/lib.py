@@ -8,7 +8,7 @@ import platform
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
-from services.decoder.ops.native.layout import HeadLayer, RecordedOp, Step
+from services.decoder.ops.native.layout import HeadLayer, RecordedOp, SampleRow, Step
 
 _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
     "lh_source_hash": (c_char_p, []),
@@ -18,7 +18,7 @@ _PROTOTYPES: dict[str, tuple[type | None, list[type]]] = {
     "lh_forward": (c_int, [c_void_p, POINTER(Step), POINTER(RecordedOp), c_int64, c_int64]),
     "lh_hidden_rows": (c_int, [c_void_p, c_int64, c_void_p]),
     "lh_head_logits": (c_int, [c_void_p, POINTER(HeadLayer), c_void_p, c_int64, c_void_p]),
-    "lh_greedy": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p]),
+    "lh_sample": (c_int, [c_void_p, POINTER(SampleRow), c_int64, c_int64]),
     "lh_read": (c_uint64, [c_void_p, c_void_p, c_int64]),
     "lh_take_routing": (None, [c_void_p, POINTER(c_int64), POINTER(c_int64)]),
     "lh_commit": (None, [c_void_p, POINTER(Step)]),

@@ -1,4 +1,4 @@
-"""Sampling for the native backend: plain greedy rows in C, all others as every backend does."""
+"""Sampling for the native backend: what `sampler.sample_rows` does, with the same bits, in C on the thread team."""
 
 from __future__ import annotations
 
@@ -8,39 +8,53 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from services.decoder.sampler import RowSampling, Sampled, sample_rows
+from services.decoder.errors import EngineFailedError
+from services.decoder.ops.native.layout import SampleRow
+from services.decoder.sampler import Float32Array, RowSampling, Sampled, adjusted, log_total, sample_rows, uniform
 
 
-def sample(lib: ctypes.CDLL, context: int, logits: npt.NDArray[np.float32], rows: Sequence[RowSampling]) -> Sampled:
-    """A token for each row of logits."""
+def sample(lib: ctypes.CDLL, context: int, logits: Float32Array, rows: Sequence[RowSampling]) -> Sampled:
+    """A token for each row of logits [N, vocab_size], which stay unchanged."""
     count, vocab_size = logits.shape
-    ids = np.empty(count, np.int32)
+    asked = (SampleRow * count)()
+    first, row_bytes = logits.ctypes.data, logits.strides[0]
+    kept: list[Float32Array] = []  # adjusted logits, alive until the call is over
+    alternatives: dict[int, npt.NDArray[np.int32]] = {}
+    for index, row in enumerate(rows):
+        to = asked[index]
+        params = row.params
+        changed = adjusted(logits[index], row) if _may_change(row) else None
+        if changed is not None:
+            kept.append(changed)
+        to.logits = first + index * row_bytes if changed is None else changed.ctypes.data
+        if params.temperature:
+            to.temperature, to.top_k, to.top_p, to.min_p = params.temperature, params.top_k, params.top_p, params.min_p
+            to.noise = uniform(params.seed, row.sample_index, row.position)
+        if row.num_logprobs is not None:
+            to.raw = first + index * row_bytes
+            if row.num_logprobs:
+                ids = alternatives[index] = np.empty(min(row.num_logprobs, vocab_size), np.int32)
+                to.alternatives, to.num_alternatives = ids.ctypes.data, len(ids)
+    if lib.lh_sample(context, asked, count, vocab_size):
+        raise EngineFailedError(f"no memory to sample {count} rows of {vocab_size} logits; lower --max-seqs")
+    token_ids = np.empty(count, np.int32)
     logprobs: list[float | None] = [None] * count
     top: list[Sequence[tuple[int, float]]] = [()] * count
-    plain = np.array([_is_plain(row) for row in rows], np.bool_)
-    if plain.any():
-        wanted = np.empty(count, np.float32) if any(row.num_logprobs is not None for row in rows) else None
-        address = None if wanted is None else wanted.ctypes.data
-        lib.lh_greedy(context, logits.ctypes.data, count, vocab_size, ids.ctypes.data, address)
-        if wanted is not None:
-            logprobs = [None if row.num_logprobs is None else float(wanted[i]) for i, row in enumerate(rows)]
-        plain &= ids >= 0  # a row that is not finite is left to the sampler, which names it
-    others = np.flatnonzero(~plain).tolist()
-    if others:
-        drawn = sample_rows(logits[others], [rows[i] for i in others])
-        for place, i in enumerate(others):
-            ids[i], logprobs[i], top[i] = drawn.token_ids[place], drawn.logprobs[place], drawn.top[place]
-    return Sampled(ids, logprobs, top)
+    for index, (row, drawn) in enumerate(zip(rows, asked, strict=True)):
+        token_ids[index] = drawn.token_id
+        if drawn.token_id < 0:  # not finite: the sampler names the logit, or draws where only bans are at fault
+            alone = sample_rows(logits[index : index + 1], [row])
+            token_ids[index], logprobs[index], top[index] = alone.token_ids[0], alone.logprobs[0], alone.top[0]
+        elif row.num_logprobs is not None:
+            raw, total = logits[index], log_total(drawn.raw_largest, drawn.raw_mass)
+            logprobs[index] = float(raw[drawn.token_id]) - total
+            if index in alternatives:
+                top[index] = tuple((i, float(raw[i]) - total) for i in alternatives[index].tolist())
+    return Sampled(token_ids, logprobs, top)
 
 
-def _is_plain(row: RowSampling) -> bool:
-    """Greedy, with nothing that changes the logits and no alternatives to report."""
+def _may_change(row: RowSampling) -> bool:
+    """Whether the logits are not drawn from as they are."""
     params = row.params
-    changed = (
-        params.presence_penalty
-        or params.frequency_penalty
-        or params.repetition_penalty != 1.0
-        or params.logit_bias
-        or row.banned_token_ids
-    )
-    return params.temperature == 0.0 and not changed and not row.num_logprobs
+    penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
+    return bool(penalised or params.logit_bias or row.banned_token_ids)

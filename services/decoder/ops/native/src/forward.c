@@ -1,13 +1,12 @@
 /* One step through a model: the operations that Python recorded, in order, in one call. */
 #include "forward.h"
 
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "linear.h"
 
-enum { ALIGN = 64, BLOCK_LOGITS = 4096 };
+enum { ALIGN = 64 };
 
 void *context_buffer(context *c, enum buffer which, int64_t bytes) {
     if (bytes < ALIGN) bytes = ALIGN;
@@ -108,35 +107,6 @@ int lh_head_logits(context *c, const head_layer *l, const int32_t *rows, int64_t
     if (!c->failed)
         project(c, &p, 1, prepare_activations(c, &l->head, normed, l->head.cols, num_rows));
     return c->failed ? -1 : 0;
-}
-
-typedef struct {
-    const kernels *k;
-    const float *logits;
-    int64_t vocab_size;
-    int32_t *ids;
-    float *logprobs;
-} greedy_job;
-
-/* The log-sum-exp runs over blocks at fixed places, each against the row's largest logit. */
-static void greedy_row(void *arg, int64_t i, int member) {
-    greedy_job *job = arg;
-    const float *row = job->logits + i * job->vocab_size;
-    int64_t best = job->k->argmax(row, job->vocab_size);
-    double total = 0;
-    (void)member;
-    job->ids[i] = job->k->all_finite(row, job->vocab_size) ? (int32_t)best : -1;
-    if (!job->logprobs) return;
-    for (int64_t v = 0; v < job->vocab_size; v += BLOCK_LOGITS) {
-        int64_t n = job->vocab_size - v < BLOCK_LOGITS ? job->vocab_size - v : BLOCK_LOGITS;
-        total += job->k->sum_exp(row + v, n, row[best]);
-    }
-    job->logprobs[i] = (float)-log(total);
-}
-
-void lh_greedy(context *c, const float *logits, int64_t num_rows, int64_t vocab_size, int32_t *ids, float *logprobs) {
-    greedy_job job = {c->k, logits, vocab_size, ids, logprobs};
-    team_for(c->team, num_rows, greedy_row, &job);
 }
 
 typedef struct {

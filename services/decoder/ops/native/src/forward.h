@@ -3,6 +3,7 @@
 #define LH_FORWARD_H
 
 #include "layers.h"
+#include "sample.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -35,8 +36,8 @@ EXPORT int lh_forward(context *c, const step *s, const recorded_op *ops, int64_t
 EXPORT int lh_hidden_rows(const context *c, int64_t num_floats, float *out);
 /* Logits [num_rows, vocab_size] of some rows of the hidden state. */
 EXPORT int lh_head_logits(context *c, const head_layer *l, const int32_t *rows, int64_t num_rows, float *logits);
-/* The best id of each row, the lowest of equals, -1 where a logit is not finite; its log-probability too unless `logprobs` is NULL. */
-EXPORT void lh_greedy(context *c, const float *logits, int64_t num_rows, int64_t vocab_size, int32_t *ids, float *logprobs);
+/* Draws a token for each row of logits [vocab_size]. -1 without memory. */
+EXPORT int lh_sample(context *c, sample_row *rows, int64_t num_rows, int64_t vocab_size);
 /* Copies the step's own rows into the blocks. */
 EXPORT void lh_commit(context *c, const step *s);
 

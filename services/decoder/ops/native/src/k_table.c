@@ -27,7 +27,8 @@ void ISA(merge)(softmax_state, softmax_state, int64_t, int64_t);
 void ISA(scale_out)(const float *, float, int64_t, float *);
 int64_t ISA(argmax)(const float *, int64_t);
 int ISA(all_finite)(const float *, int64_t);
-float ISA(sum_exp)(const float *, int64_t, float);
+int ISA(block_maxima)(const float *, int64_t, float *);
+double ISA(weigh)(const float *, int64_t, double, double, double *);
 
 const kernels ISA(kernels) = {
     .name = ISA_NAME,
@@ -47,5 +48,6 @@ const kernels ISA(kernels) = {
     .scale_out = ISA(scale_out),
     .argmax = ISA(argmax),
     .all_finite = ISA(all_finite),
-    .sum_exp = ISA(sum_exp),
+    .block_maxima = ISA(block_maxima),
+    .weigh = ISA(weigh),
 };

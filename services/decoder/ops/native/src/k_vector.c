@@ -142,14 +142,6 @@ float ISA(softmax)(float *scores, int64_t n, float *total) {
     return largest;
 }
 
-float ISA(sum_exp)(const float *x, int64_t n, float largest) {
-    f32x8 m = f8_set1(largest), sum = f8_zero();
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) sum = f8_add(sum, f8_exp(f8_sub(f8_load(x + i), m)));
-    if (i < n) sum = f8_add(sum, exp_some(x + i, m, (int)(n - i)));
-    return f8_sum(sum);
-}
-
 int64_t ISA(argmax)(const float *x, int64_t n) {
     float largest = largest_of(x, n);
     for (int64_t i = 0; i < n; i++)

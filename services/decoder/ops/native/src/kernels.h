@@ -16,6 +16,8 @@ enum {
     KV_TILE = 32,   /* tokens of K/V that attention widens at a time, at multiples of this position */
     KV_SPLIT = 512, /* tokens that share a running softmax, at multiples of this position */
     MAX_HEAD_DIM = 512,
+    SAMPLE_TILE = 64,    /* logits of which only the largest is looked at first */
+    SAMPLE_BLOCK = 1024, /* weights that are summed apart, at multiples of this id; sampler.py has the same */
 };
 
 /* A linear layer [rows, cols] as the checkpoint has it; for FORMAT_Q4 and Q8, w = scale * q + bias in groups of columns. */
@@ -84,8 +86,10 @@ typedef struct {
     /* Index of the largest, the first of equals. */
     int64_t (*argmax)(const float *x, int64_t n);
     int (*all_finite)(const float *x, int64_t n);
-    /* Sum of e^(x - largest). */
-    float (*sum_exp)(const float *x, int64_t n, float largest);
+    /* The largest of each SAMPLE_TILE numbers; whether all numbers are finite, without which the largest mean nothing. */
+    int (*block_maxima)(const float *x, int64_t n, float *largest);
+    /* The sum of e^((x - largest) / temperature) over at most SAMPLE_BLOCK logits, and each of them unless weights is NULL. */
+    double (*weigh)(const float *logits, int64_t n, double largest, double temperature, double *weights);
 } kernels;
 
 /* The best table this processor can run, or the one called `name`; NULL when it cannot run that. */
