@@ -40,6 +40,8 @@ WAIT_MS = 2_000
 PATIENCE_S = 120.0
 # Between two attempts of such a stream: it cannot be told when blocks come back.
 _RETRY_S = 0.05
+# Blocks of this size in all take half a millisecond to sum up.
+_MAX_INLINE_BYTES = 2 << 20
 
 _Head = dict[str, Any]
 _Reply = TypeVar("_Reply", pb.AcquireResponse, pb.ForkResponse, pb.ExtendResponse, pb.ReleaseResponse, pb.SealResponse)
@@ -134,8 +136,11 @@ class LeaseCalls:
         asks = self._outbox.next_seals()
         if not asks:
             return False
-        # On another thread, and without the interpreter's lock: a block may have megabytes.
-        checksums = await asyncio.to_thread(_checksums, self._kv, asks)
+        # Of large blocks on another thread, and without the interpreter's lock; for small ones the way there would take longer.
+        if len(asks) * self._kv.shape.block_bytes > _MAX_INLINE_BYTES:
+            checksums = await asyncio.to_thread(_checksums, self._kv, asks)
+        else:
+            checksums = _checksums(self._kv, asks)
         items = [_seal_item(ask, checksums[index]) for index, ask in enumerate(asks) if index in checksums]
         results: Mapping[tuple[int, int], pb.SealResult] = {}
         if items:

@@ -45,7 +45,12 @@ async def crash(decoder: Decoder) -> None:
     await decoder.leases.close()
 
 
-async def test_a_repeated_prompt_hits_every_full_block_before_its_last_token(start_manager: StartManager) -> None:
+@pytest.mark.parametrize("max_inline_bytes", [0, 2 << 20])
+async def test_a_repeated_prompt_hits_every_full_block_before_its_last_token(
+    start_manager: StartManager, monkeypatch: pytest.MonkeyPatch, max_inline_bytes: int
+) -> None:
+    # Whether checksums are computed on the event loop or on another thread is all the same.
+    monkeypatch.setattr("services.decoder.lease_calls._MAX_INLINE_BYTES", max_inline_bytes)
     manager = start_manager("--num-blocks", "128")
     request = make_request("first", 20 * BLOCK, 5)
     async with Decoder(manager.address) as decoder:
