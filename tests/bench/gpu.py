@@ -6,10 +6,6 @@ GPU; mlx-lm runs beside it with weights of the same shapes.
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("MLX_ENABLE_TF32", "0")  # before MLX reads it: float32 parity is with float32
-
 import argparse
 import statistics
 import time
@@ -64,6 +60,9 @@ def _checks(args: argparse.Namespace) -> Iterator[tuple[str, bool]]:
         return
     for precision in ("bf16", "f32"):
         print(f"the bundled model in {precision}", flush=True)
+        checks.warm(
+            _MODEL, precision, lambda what, took_s: print(f"       warm-up: {what}: {took_s:.1f} s", flush=True)
+        )
         yield from checks.run(_MODEL, precision)
     print("the parity matrix in float32", flush=True)
     yield from parity.run()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from services.decoder.loader import open_checkpoint
 from services.decoder.model_config import read_model_config
 from services.decoder.ops.cuda.loading import load
 from services.decoder.ops.cuda.table import addresses
+from services.decoder.ops.cuda.warm_up import warm_up
 from services.decoder.request import SamplingParams
 from services.decoder.sampler import RowSampling, sample_rows
 from tests.decoder.cuda.runner import Stream, run_logits, run_step
@@ -46,6 +47,13 @@ def run(directory: Path, precision: str = "bf16") -> Iterator[tuple[str, bool]]:
     yield "alone or among 31 others: the same bits", bool((bench.among_others(299) == got[299]).all())
     yield "decodes and prefills mixed in one step: the bits of each alone", bench.mixed(got)
     yield from bench.sampling(got)
+
+
+def warm(directory: Path, precision: str, progress: Callable[[str, float], None]) -> None:
+    """Warms a checkpoint's model up as the service does."""
+    checkpoint = open_checkpoint(directory)
+    config = read_model_config(checkpoint)
+    warm_up(load(checkpoint, config, precision)[0], config, precision, 32, 2048, 512, progress)
 
 
 class _Bench:

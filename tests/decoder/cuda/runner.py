@@ -21,6 +21,9 @@ class Stream:
     num_computed: int = 0
     params: SamplingParams = field(default_factory=SamplingParams)
 
+    def __post_init__(self) -> None:
+        self.table = np.array(self.blocks, np.int32)
+
     def sampling(self) -> RowSampling:
         """Of its next token."""
         return RowSampling(self.params, 0, len(self.token_ids), None)
@@ -29,28 +32,29 @@ class Stream:
 def batch_of(chunks: list[tuple[Stream, int]], block_size: int) -> Batch:
     """The step that computes `count` more tokens of each stream; rows that reach a stream's end are sampled."""
     tokens: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
     starts, samples, sampling = [0], [], []
-    width = max(len(stream.blocks) for stream, _ in chunks)
-    tables = np.zeros((len(chunks), width), np.int32)
+    tables = np.zeros((len(chunks), max(len(stream.blocks) for stream, _ in chunks)), np.int32)
     for index, (stream, count) in enumerate(chunks):
         first = stream.num_computed
         tokens += stream.token_ids[first : first + count]
-        positions += range(first, first + count)
-        slots += [stream.blocks[p // block_size] * block_size + p % block_size for p in range(first, first + count)]
-        tables[index, : len(stream.blocks)] = stream.blocks
-        starts.append(len(tokens))
+        tables[index, : len(stream.blocks)] = stream.table
+        starts.append(starts[-1] + count)
         if first + count == len(stream.token_ids):
-            samples.append(len(tokens) - 1)
+            samples.append(starts[-1] - 1)
             sampling.append(stream.sampling())
+    contexts, counts = np.array([stream.num_computed for stream, _ in chunks], np.int32), np.diff(starts)
+    sequences = np.repeat(np.arange(len(chunks)), counts)
+    positions = (np.arange(starts[-1]) - np.array(starts)[sequences] + contexts[sequences]).astype(np.int32)
+    blocks = tables[sequences, positions // block_size].astype(np.int64)
     return Batch(
-        *(np.array(part, np.int32) for part in (tokens, positions, starts)),
-        np.array([stream.num_computed for stream, _ in chunks], np.int32),
-        tables,
-        np.array(slots, np.int64),
-        np.array(samples, np.int32),
-        sampling,
+        token_ids=np.array(tokens, np.int32),
+        positions=positions,
+        cu_seqlens=np.array(starts, np.int32),
+        context_lens=contexts,
+        block_tables=tables,
+        slot_mapping=blocks * block_size + positions % block_size,
+        sample_rows=np.array(samples, np.int32),
+        sampling=sampling,
     )
 
 

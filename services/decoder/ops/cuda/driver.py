@@ -35,6 +35,10 @@ class CudaDriver(CudaDevice):
         """Shared memory that one block can have."""
         return self.attribute(_MAX_SHARED_BYTES)
 
+    def synchronize(self) -> None:
+        """Waits for all work of this process on the device; other threads of Python run meanwhile."""
+        self.call("cuCtxSynchronize")
+
     def pinned(self, words: int) -> tuple[int, npt.NDArray[np.int32]]:
         """Host memory that kernels write in place: its address, the same for both, and a view. Never freed."""
         pointer = ctypes.c_void_p()

@@ -62,22 +62,23 @@ class KernelSet(Protocol):
 
 
 @dataclass(eq=False)
-class CudaStep:
-    """One step: its batch, and the model's calls so far."""
-
-    batch: Batch
-    pool: DevicePool
-    calls: list[Any] = field(default_factory=list)
-    launched: bool = False
-
-
-@dataclass(eq=False)
 class _Running:
     """What was built, and where its launches are."""
 
     built: table.Built
     done: mx.array  # the last launch's; an input of the next, so that MLX keeps their order
     launches: int = 0
+    in_flight: bool = False
+
+
+@dataclass(eq=False)
+class CudaStep:
+    """One step: its batch, the model's calls so far, and what computes it, once it was launched."""
+
+    batch: Batch
+    pool: DevicePool
+    calls: list[Any] = field(default_factory=list)
+    running: _Running | None = None
 
 
 class CudaOps:
@@ -133,13 +134,20 @@ class CudaOps:
         self.kernels.check((loaded["embedding"][0], *(part for layer in layers for part in layer), loaded["head"][0]))
 
     def begin_step(self, batch: Batch, kv: KvView) -> CudaStep:
-        """See `Ops`; the pool must be in GPU memory."""
+        """See `Ops`; the pool must be in GPU memory.
+
+        The GPU starts at once, on the model of the step before: the host records this step's calls meanwhile, and they are compared
+        before its result is used.
+        """
         if not hasattr(kv, "device_address"):
             raise EngineFailedError(
                 "the cuda backend needs a pool in GPU memory; start the manager with --pool-memory cuda"
             )
         self.check_kv_dtype(kv.kv_dtype)
-        return CudaStep(batch, cast(DevicePool, kv))
+        step = CudaStep(batch, cast(DevicePool, kv))
+        if self._program:
+            self._launch(self._program, step)
+        return step
 
     def check_kv_dtype(self, kv_dtype: str) -> None:
         """Raises EngineFailedError for K/V that the kernels do not take."""
@@ -179,11 +187,11 @@ class CudaOps:
 
     def head_and_sample(self, head: Handle, hidden: CudaStep, step: CudaStep) -> Sampled:
         """See `Ops`: runs the recorded step. Rows with filters, penalties or reports are drawn on the host."""
-        running = self._launch(head, step)
+        running = self._launched(head, step)
         count = len(step.batch.sample_rows)
         if not count:
             return Sampled(np.empty(0, np.int32), [], [])
-        mx.eval(running.done)
+        self._wait(running)
         token_ids = running.built.buffers.results[1 : 1 + count].copy()
         if (token_ids < 0).any():
             raise EngineFailedError(f"the model's logits are not finite in sample row {int(np.argmin(token_ids))}")
@@ -201,16 +209,17 @@ class CudaOps:
 
     def logits(self, head: Handle, hidden: CudaStep, step: CudaStep) -> npt.NDArray[np.float32]:
         """See `Ops`."""
-        running = self._launch(head, step)
+        running = self._launched(head, step)
         return self._logits(running, len(step.batch.sample_rows))
 
     def commit(self, step: CudaStep) -> None:
         """See `Ops`; returns when the rows are in the pool, because what follows may give blocks away."""
-        running = self._running
-        if running is None or not step.launched:
+        running = step.running
+        if running is None or running is not self._running:
             raise EngineFailedError("a step was committed before it ran")
         (running.done,) = running.built.commit(**self._call(running, (1,), mx.int32))
-        mx.eval(running.done)
+        self._submit(running)
+        self._wait(running)
 
     def scratch(self, name: str) -> npt.NDArray[Any]:
         """A copy of one of the kernels' buffers after the last step, for tests and benchmarks."""
@@ -236,25 +245,45 @@ class CudaOps:
         shape = (count, running.built.vocab_size)
         return np.array(running.built.rows(**self._call(running, shape, mx.float32))[0])
 
-    def _launch(self, head: Handle, step: CudaStep) -> _Running:
-        running = self._prepared(head, step)
+    def _launched(self, head: Handle, step: CudaStep) -> _Running:
+        """What computes the step, which is launched now if it was not, or was for another model."""
+        program = (*step.calls, head)
+        # Weights compare by identity.
+        if step.running is not None and program == self._program:
+            return step.running
+        return self._launch(program, step)
+
+    def _launch(self, program: tuple[Any, ...], step: CudaStep) -> _Running:
+        running = self._prepared(program, table.needed(step.batch))
         buffers, pool = running.built.buffers, step.pool
         count = table.fill_step(buffers.words, step.batch, pool.device_address, pool.shape, pool.kv_dtype)
-        # The slot's last reader, the step before the last, is over: its commit was waited for.
+        if running.in_flight:  # a step that was given up: its successor would overwrite what it reads
+            self._wait(running)
         slot = buffers.step_address + running.launches % 2 * buffers.capacity.words * 4
         self._driver.copy_to_device(slot, buffers.words[:count])
         kernel = running.built.small if step.batch.num_tokens <= source.SMALL_ROWS else running.built.large
         (running.done,) = kernel(**self._call(running, (1,), mx.int32))
         running.launches += 1
-        step.launched = True
-        mx.async_eval(running.done)  # type: ignore[no-untyped-call]
+        step.running = running
+        self._submit(running)
         return running
 
-    def _prepared(self, head: Handle, step: CudaStep) -> _Running:
-        program = (*step.calls, head)
-        wanted = table.needed(step.batch)
+    def _submit(self, running: _Running) -> None:
+        running.in_flight = True
+        mx.async_eval(running.done)  # type: ignore[no-untyped-call]
+
+    def _wait(self, running: _Running) -> None:
+        """Until everything that was launched is over: the driver's own wait is shorter than MLX's, and lets other threads run.
+
+        MLX has handed a kernel to the driver when `async_eval` returns; should it ever not have, the last launch's number is missing.
+        """
+        self._driver.synchronize()
+        if (int(running.built.buffers.results[0]) ^ running.launches) & 0xFFFFFFFF:
+            mx.eval(running.done)
+        running.in_flight = False
+
+    def _prepared(self, program: tuple[Any, ...], wanted: table.Capacity) -> _Running:
         running = self._running
-        # Weights compare by identity.
         if running is not None and program == self._program and running.built.buffers.capacity.holds(wanted):
             return running
         if running is not None:

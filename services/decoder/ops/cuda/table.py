@@ -136,47 +136,46 @@ def needed(batch: Batch) -> Capacity:
 
 def fill_step(to: npt.NDArray[np.int32], batch: Batch, pool: int, shape: BlockShape, kv_dtype: str) -> int:
     """Writes a batch as the kernels read it, with the pool's address in GPU memory; returns the number of words."""
-    block_size, rows = shape.block_size, shape.row_strides
-    counts = np.diff(batch.cu_seqlens)
-    sequences = np.repeat(np.arange(batch.num_seqs, dtype=np.int32), counts)
-    slots = np.stack((batch.slot_mapping // block_size, batch.slot_mapping % block_size), axis=1).astype(np.int32)
-    temperatures = np.zeros(len(batch.sample_rows), np.float32)
-    noise = np.zeros(len(batch.sample_rows), np.float32)
+    rows, samples, strides = batch.num_tokens, len(batch.sample_rows), shape.row_strides
+    if rows == batch.num_seqs:  # every sequence decodes
+        sequences = starts = np.arange(rows, dtype=np.int32)
+        contexts = batch.context_lens
+    else:
+        sequences = np.repeat(np.arange(batch.num_seqs, dtype=np.int32), np.diff(batch.cu_seqlens))
+        starts, contexts = batch.cu_seqlens[sequences], batch.context_lens[sequences]
+    noise = np.zeros((2, samples), np.float32)  # temperatures, then the noise of a draw
     for index, row in enumerate(batch.sampling):
         if row.params.temperature > 0.0 and on_device(row):
-            temperatures[index] = row.params.temperature
-            noise[index] = min(uniform(row.params.seed, row.sample_index, row.position), 1.0 - 2.0**-24)
-    arrays = (
-        batch.token_ids,
-        batch.positions,
-        sequences,
-        batch.cu_seqlens[:-1][sequences],
-        batch.context_lens[sequences],
-        slots,
-        batch.sample_rows,
-        temperatures.view(np.int32),
-        noise.view(np.int32),
-        batch.block_tables,
-    )
+            drawn = uniform(row.params.seed, row.sample_index, row.position)
+            noise[:, index] = row.params.temperature, min(drawn, 1.0 - 2.0**-24)
     at = HEADER_WORDS
-    for index, array in enumerate(arrays):
-        to[10 + index] = at
-        to[at : at + array.size] = array.reshape(-1)
-        at += array.size
-    to[20:25] = (KV_KINDS[kv_dtype], rows.layer, rows.value, rows.head, rows.token)
-    last = int(batch.positions.max()) if batch.num_tokens else 0
-    to[:10] = (
-        *(
-            batch.num_tokens,
-            len(batch.sample_rows),
-            at,
-            batch.block_tables.shape[1],
-            block_size,
-            last // SPLIT_KEYS + 1,
-        ),
-        *np.array([pool, shape.stride_bytes], np.uint64).view(np.int32),
-    )
-    return at
+    offsets = [at, at + rows, at + 2 * rows, at + 3 * rows, at + 4 * rows, at + 5 * rows]
+    for offset, array in zip(offsets, (batch.token_ids, batch.positions, sequences, starts, contexts), strict=False):
+        to[offset : offset + rows] = array
+    slots = to[offsets[5] : offsets[5] + 2 * rows].reshape(rows, 2)
+    slots[:, 0], slots[:, 1] = np.divmod(batch.slot_mapping, shape.block_size)
+    at = offsets[5] + 2 * rows
+    offsets += [at, at + samples, at + 2 * samples, at + 3 * samples]
+    to[at : at + samples] = batch.sample_rows
+    to[at + samples : offsets[-1]] = noise.view(np.int32).reshape(-1)
+    width = batch.block_tables.shape[1]
+    words = offsets[-1] + batch.block_tables.size
+    to[offsets[-1] : words].reshape(-1, width)[:] = batch.block_tables
+    splits = (int(batch.positions.max()) if rows else 0) // SPLIT_KEYS + 1
+    stride = shape.stride_bytes
+    to[:25] = [
+        *(rows, samples, words, width, shape.block_size, splits),
+        *(_low(pool), _low(pool >> 32), _low(stride), _low(stride >> 32)),
+        *offsets,
+        *(KV_KINDS[kv_dtype], strides.layer, strides.value, strides.head, strides.token),
+    ]
+    return words
+
+
+def _low(value: int) -> int:
+    """The lowest 32 bits, as an int32 has them."""
+    low = value & 0xFFFFFFFF
+    return low - 2**32 if low >= 2**31 else low
 
 
 def on_device(row: RowSampling) -> bool:

@@ -78,7 +78,7 @@ __device__ __forceinline__ void run_plain(const PlainTable& table, int* done) {
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         table.barriers[(launch + 32) % 64] = 0;
         table.launches[0] = launch + 1;
-        done[0] = int(launch + 1);
+        done[0] = table.results[0] = int(launch + 1);
     }
 }
 
