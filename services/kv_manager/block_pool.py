@@ -226,8 +226,8 @@ class BlockPool:
         # All headers first, then memory, where nothing can fail.
         try:
             self._meta.write_free(freed)
-            for block, holders in zip(leaving, remaining, strict=True):
-                self._write_holders(block, holders)
+            for block, left in zip(leaving, remaining, strict=True):
+                self._write_holders(block, left)
         except BaseException:
             self._rewrite(blocks)
             raise
@@ -240,9 +240,9 @@ class BlockPool:
         self._counts[_FREE] += len(freed)
         self._free += freed
         references.update(counts)
-        for block, holders in zip(leaving, remaining, strict=True):
+        for block, left in zip(leaving, remaining, strict=True):
             del references[block]
-            self._note_holders(block, holders)
+            self._note_holders(block, left)
         return len(freed) + remaining.count(0)
 
     def share(self, slot: int, block: int) -> None:
