@@ -7,9 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
+from services.cuda_checksum import ChecksumKernel
+
 _POSIX_FD = 1  # CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+_ON_DEVICE = 2  # CU_MEMORYTYPE_DEVICE
 _READ_WRITE = 3  # CU_MEM_ACCESS_FLAGS_PROT_READWRITE
 
 
@@ -35,6 +41,22 @@ class _AccessDesc(ctypes.Structure):
     _fields_ = (("location", _Location), ("flags", ctypes.c_int))
 
 
+def _copy_side(name: str) -> tuple[tuple[str, Any], ...]:
+    return (
+        (f"{name}_x_bytes", ctypes.c_size_t),
+        (f"{name}_y", ctypes.c_size_t),
+        (f"{name}_type", ctypes.c_int),
+        (f"{name}_host", ctypes.c_void_p),
+        (f"{name}_device", ctypes.c_uint64),
+        (f"{name}_array", ctypes.c_void_p),
+        (f"{name}_pitch", ctypes.c_size_t),
+    )
+
+
+class _Copy2D(ctypes.Structure):
+    _fields_ = (*_copy_side("src"), *_copy_side("dst"), ("width_bytes", ctypes.c_size_t), ("height", ctypes.c_size_t))
+
+
 class CudaDevice:
     """The primary context of one device, which MLX uses too; current on the thread that made this object."""
 
@@ -44,8 +66,12 @@ class CudaDevice:
         try:
             self._lib = ctypes.CDLL("libcuda.so.1")
         except OSError as error:
-            raise CudaError(f"the CUDA driver cannot be loaded: {error}") from error
+            raise CudaError(f"no NVIDIA driver is installed here, or not in this container: {error}") from error
         self.call("cuInit", 0)
+        count = ctypes.c_int()
+        self.call("cuDeviceGetCount", ctypes.byref(count))
+        if not 0 <= index < count.value:
+            raise CudaError(f"there is no GPU {index}; {count.value} are visible here, counted from 0")
         handle = ctypes.c_int()
         self.call("cuDeviceGet", ctypes.byref(handle), index)
         self._handle = handle.value
@@ -63,6 +89,36 @@ class CudaDevice:
         text = ctypes.create_string_buffer(128)
         self.call("cuDeviceGetName", text, 128, self._handle)
         return text.value.decode()
+
+    @property
+    def uuid(self) -> str:
+        """The same in every process, whatever devices are visible there: 32 hex digits."""
+        raw = (ctypes.c_ubyte * 16)()
+        self.call("cuDeviceGetUuid_v2", raw, self._handle)
+        return bytes(raw).hex()
+
+    @cached_property
+    def checksum_kernel(self) -> ChecksumKernel:
+        """Compiled when it is first used."""
+        return ChecksumKernel(self)
+
+    @cached_property
+    def copy_stream(self) -> ctypes.c_void_p:
+        """Waits for nothing of MLX's."""
+        return self.make_stream()
+
+    def make_stream(self) -> ctypes.c_void_p:
+        """A stream that waits for no other, and gives way to others. Never destroyed."""
+        lowest, highest, stream = ctypes.c_int(), ctypes.c_int(), ctypes.c_void_p()
+        self.call("cuCtxGetStreamPriorityRange", ctypes.byref(lowest), ctypes.byref(highest))
+        self.call("cuStreamCreateWithPriority", ctypes.byref(stream), _NON_BLOCKING, lowest)
+        return stream
+
+    def allocate(self, num_bytes: int) -> int:
+        """The address of some GPU memory of this process. Never freed."""
+        address = ctypes.c_uint64()
+        self.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(num_bytes))
+        return address.value
 
     def attribute(self, attribute: int) -> int:
         """A CUdevice_attribute."""
@@ -88,6 +144,7 @@ class SharedGpuMemory:
     def __init__(self, device: CudaDevice, num_bytes: int, fd: int | None = None) -> None:
         """Makes a new range, or maps that of a descriptor, which this object owns from then on."""
         self._device = device
+        self.device_uuid = device.uuid
         prop = _AllocationProp(type=1, handle_types=_POSIX_FD, location=_Location(1, device.index))
         granularity = ctypes.c_size_t()
         device.call("cuMemGetAllocationGranularity", ctypes.byref(granularity), ctypes.byref(prop), 0)
@@ -117,6 +174,22 @@ class SharedGpuMemory:
         device.call("cuMemSetAccess", address, size, ctypes.byref(access), ctypes.c_size_t(1))
         device.call("cuMemRelease", handle)  # the mapping and the descriptor keep it
         self.address = address.value
+
+    def checksums(self, offsets: Sequence[int], num_bytes: int) -> list[int]:
+        """zlib.crc32 of num_bytes bytes at each offset, computed on the device. From any thread."""
+        return self._device.checksum_kernel.checksums([self.address + offset for offset in offsets], num_bytes)
+
+    def copy_rows(self, source: int, target: int, row_bytes: int, pitch_bytes: int, num_rows: int) -> None:
+        """Copies num_rows rows, pitch_bytes apart, from one offset to another within the range; they are there when this returns."""
+        self._device.make_current()
+        sides = {
+            f"{side}_{name}": value
+            for side, offset in (("src", source), ("dst", target))
+            for name, value in (("type", _ON_DEVICE), ("device", self.address + offset), ("pitch", pitch_bytes))
+        }
+        copy = _Copy2D(**sides, width_bytes=row_bytes, height=num_rows)
+        self._device.call("cuMemcpy2DAsync_v2", ctypes.byref(copy), self._device.copy_stream)
+        self._device.call("cuStreamSynchronize", self._device.copy_stream)
 
     def read(self, offset: int, num_bytes: int) -> bytes:
         """A copy of some bytes on the host. From any thread."""
