@@ -1207,12 +1207,21 @@ class DescribePoolResponse(_message.Message):
     POOL_FIELD_NUMBER: _builtins.int
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     MANAGER_EPOCH_FIELD_NUMBER: _builtins.int
+    POOL_MEMORY_FIELD_NUMBER: _builtins.int
+    MEMORY_IS_ABSENT_FIELD_NUMBER: _builtins.int
+    NUM_LOST_POOLS_FIELD_NUMBER: _builtins.int
     pool_dir: _builtins.str
     """absolute path, as the manager sees it"""
     block_size: _builtins.int
     """tokens"""
     manager_epoch: _builtins.int
     """grows with every start of the manager"""
+    pool_memory: _builtins.str
+    """Where the K/V bytes are: "host", a file that workers map; "cuda", GPU memory that they get over a Unix socket in pool_dir."""
+    memory_is_absent: _builtins.bool
+    """Since the manager's start no worker has brought the GPU memory of this pool back yet."""
+    num_lost_pools: _builtins.int
+    """since the start: pools in GPU memory that no living worker could bring back"""
     @_builtins.property
     def pool(self) -> Global___PoolInfo:
         """absent until a worker has registered"""
@@ -1224,10 +1233,13 @@ class DescribePoolResponse(_message.Message):
         pool: Global___PoolInfo | None = ...,
         block_size: _builtins.int = ...,
         manager_epoch: _builtins.int = ...,
+        pool_memory: _builtins.str = ...,
+        memory_is_absent: _builtins.bool = ...,
+        num_lost_pools: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_pool", b"_pool", "pool", b"pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pool", b"_pool", "block_size", b"block_size", "manager_epoch", b"manager_epoch", "pool", b"pool", "pool_dir", b"pool_dir"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pool", b"_pool", "block_size", b"block_size", "manager_epoch", b"manager_epoch", "memory_is_absent", b"memory_is_absent", "num_lost_pools", b"num_lost_pools", "pool", b"pool", "pool_dir", b"pool_dir", "pool_memory", b"pool_memory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__pool: _TypeAlias = _typing.Literal["pool"]  # noqa: Y015
     _WhichOneofArgType__pool: _TypeAlias = _typing.Literal["_pool", b"_pool"]  # noqa: Y015

@@ -24,6 +24,7 @@ class Ask:
 
     worker_id: str
     pool_id: str
+    has_memory: bool = False  # the second descriptor is the memory's
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,12 @@ class Answer:
 
     status: str
     reason: str = ""
+    device_uuid: str = ""  # of the GPU that has the memory
 
 
 def send_ask(connection: socket.socket, ask: Ask, fds: list[int]) -> None:
     """Sends a worker's message."""
-    socket.send_fds(connection, [json.dumps(ask.__dict__).encode()], fds)
+    socket.send_fds(connection, [json.dumps({"worker_id": ask.worker_id, "pool_id": ask.pool_id}).encode()], fds)
 
 
 def receive_ask(connection: socket.socket) -> tuple[Ask, list[int]]:
@@ -44,7 +46,7 @@ def receive_ask(connection: socket.socket) -> tuple[Ask, list[int]]:
     data, fds, _, _ = socket.recv_fds(connection, _MAX_BYTES, 2)
     try:
         values = json.loads(data)
-        return Ask(str(values["worker_id"]), str(values["pool_id"])), fds
+        return Ask(str(values["worker_id"]), str(values["pool_id"]), len(fds) > 1), fds
     except (ValueError, KeyError, TypeError) as error:
         for fd in fds:
             socket.close(fd)
@@ -62,4 +64,4 @@ def receive_answer(connection: socket.socket) -> tuple[Answer, list[int]]:
     if not data:
         raise ConnectionResetError("the manager closed the connection")
     values = json.loads(data)
-    return Answer(str(values["status"]), str(values["reason"])), fds
+    return Answer(str(values["status"]), str(values["reason"]), str(values["device_uuid"])), fds

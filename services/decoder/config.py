@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from services.decoder.cuda_start import why_no_mlx_for_cuda
 from services.decoder.errors import ConfigError
 from services.logs import LOG_LEVELS
 from services.metrics import check_metrics_address
@@ -25,7 +26,7 @@ DEFAULT_KV_MANAGER = "127.0.0.1:50050"
 DEFAULT_MAX_SEQS = 32  # twice a burst of 16
 DEFAULT_KV_CAPACITY = 2048  # tokens; the model's maximum when that is smaller
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
-BACKENDS = ("mlx", "native")
+BACKENDS = ("mlx", "native", "cuda")
 PRECISIONS = ("exact", "fast")
 KV_DTYPES = ("auto", "bf16", "f16", "f32", "int8")
 KV_LAYOUTS = ("hnd", "nhd")
@@ -52,7 +53,7 @@ class DecoderConfig:
     model: Path
     listen: str
     kv_manager: str
-    backend: str  # "mlx", "native" or "auto"
+    backend: str  # of BACKENDS, or "auto"
     precision: str | None  # "exact" or "fast"; None: resolve_precision decides
     max_seqs: int
     kv_capacity: int | None  # tokens; None: resolve_kv_capacity decides
@@ -87,6 +88,8 @@ def parse_args(argv: Sequence[str]) -> DecoderConfig:
             f"--max-num-batched-tokens: {args.max_num_batched_tokens} is less than --max-seqs {args.max_seqs}, and every "
             f"running sequence needs one token a step; raise it to {args.max_seqs} or more, or lower --max-seqs"
         )
+    if args.backend == "cuda" and not args.paged:
+        raise ConfigError("--no-paged: the cuda backend works on a manager's pool in GPU memory; leave the flag out")
     return DecoderConfig(
         model=_model_dir(args.model),
         listen=listen,
@@ -125,6 +128,11 @@ def resolve_backend(requested: str) -> str:
     """The backend to use; `auto` takes native where it is built, on a Linux CPU. Raises ConfigError when it is absent."""
     if requested == "mlx":
         return "mlx"
+    if requested == "cuda":
+        problem = why_no_mlx_for_cuda()
+        if problem:
+            raise ConfigError(f"--backend: cuda is not available: {problem}")
+        return "cuda"
     reason = _why_no_native()
     if requested == "auto":
         return "mlx" if reason else "native"
@@ -136,17 +144,21 @@ def resolve_backend(requested: str) -> str:
 def resolve_precision(requested: str | None, backend: str, checkpoint_dtype: str) -> str:
     """How quantised weights are multiplied; raises ConfigError when the backend cannot do what is asked for.
 
-    Native kernels are fast unless the checkpoint itself is float32, scales included: who stores that wants it computed.
+    Kernels of our own are fast unless the checkpoint itself is float32, scales included: who stores that wants it computed.
     """
     if backend == "mlx":
         if requested == "fast":
-            raise ConfigError("--precision: fast needs --backend native; the mlx backend always computes exactly")
+            raise ConfigError(
+                "--precision: fast needs --backend native or cuda; the mlx backend always computes exactly"
+            )
         return "exact"
     return requested or ("exact" if checkpoint_dtype == "f32" else "fast")
 
 
-def resolve_kv_dtype(requested: str, checkpoint_dtype: str) -> str:
-    """The precision of K/V; `auto` takes the checkpoint's."""
+def resolve_kv_dtype(requested: str, checkpoint_dtype: str, backend: str = "", precision: str = "") -> str:
+    """The precision of K/V; `auto` takes the checkpoint's, or what the fast cuda kernels compute in."""
+    if requested == "auto" and (backend, precision) == ("cuda", "fast"):
+        return "bf16"
     return checkpoint_dtype if requested == "auto" else requested
 
 
@@ -254,13 +266,14 @@ def _parser() -> argparse.ArgumentParser:
         "--backend",
         choices=(*BACKENDS, "auto"),
         default="auto",
-        help="what computes: mlx everywhere, native on Linux CPUs; auto takes native where it is built (%(default)s)",
+        help="what computes: mlx everywhere, native on Linux CPUs, cuda on an NVIDIA GPU with a manager that has --pool-memory "
+        "cuda; auto takes native where it is built (%(default)s)",
     )
     add(
         "--precision",
         choices=PRECISIONS,
-        help="with 4- and 8-bit weights, exact keeps activations in float32 and fast rounds them to 8 bits a group, "
-        "several times faster (native: fast, or exact for a float32 checkpoint; mlx: always exact)",
+        help="exact computes in float32; fast is several times faster: with 4- and 8-bit weights native rounds activations to 8 "
+        "bits a group, and cuda computes in bf16 (fast, or exact for a float32 checkpoint; mlx: always exact)",
     )
     add(
         "--max-seqs",

@@ -352,7 +352,8 @@ class Engine:
         if leader is None or leader.num_computed < end or leader.state is not SequenceState.RUNNING or self._kv is None:
             return
         # Between two steps, when nobody writes either block, and the leader's rows are final: whole steps were committed.
-        if start < end and copy_tokens(self._kv, leader.block_ids, sequence.block_ids, start, end):
+        if start < end:
+            copy_tokens(self._kv, leader.block_ids, sequence.block_ids, start, end)
             sequence.take_prompt(end)
             self._scheduler.seal_full(sequence)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grpc
 import numpy as np
@@ -57,6 +58,21 @@ class KvView(Protocol):
 
     def addresses(self, block_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.uint64]:
         """The memory address of each block, same shape as block_ids, for native kernels."""
+        ...
+
+
+@runtime_checkable
+class DeviceBlocks(Protocol):
+    """Blocks that the host does not see: what it would do with their bytes is done where they are."""
+
+    num_blocks: int
+
+    def checksums(self, block_ids: Sequence[int]) -> list[int]:
+        """CRC-32 of each block's bytes; raises IndexError for one that is not in this pool. From any thread."""
+        ...
+
+    def copy_tokens(self, source: int, target: int, first: int, end: int) -> None:
+        """Copies the rows of the tokens at these places of a block from one to another; they are there when this returns."""
         ...
 
 
@@ -216,22 +232,21 @@ class ContiguousKv:
 
 def copy_tokens(
     kv: KvView, sources: npt.NDArray[np.int32], targets: npt.NDArray[np.int32], start: int, end: int
-) -> bool:
+) -> None:
     """Copies the K/V of the tokens from start up to end from one block table's blocks to another's.
 
-    False: the host cannot, because the blocks lie elsewhere. Nobody else may write to either's tokens meanwhile.
+    Nobody else may write to either's tokens meanwhile.
     """
     size = kv.shape.block_size
     for index in range(start // size, -(-end // size)):
-        tokens = slice(max(start - index * size, 0), min(end - index * size, size))
-        try:
-            source, target = kv.block(int(sources[index])), kv.block(int(targets[index]))
-        except NotImplementedError:
-            return False
-        target[:, :, :, tokens] = source[:, :, :, tokens]
+        first, last = max(start - index * size, 0), min(end - index * size, size)
+        source, target = int(sources[index]), int(targets[index])
+        if isinstance(kv, DeviceBlocks):
+            kv.copy_tokens(source, target, first, last)
+            continue
+        kv.block(target)[:, :, :, first:last] = kv.block(source)[:, :, :, first:last]
         if kv.shape.scale_bytes:
-            kv.scales(int(targets[index]))[:, :, :, tokens] = kv.scales(int(sources[index]))[:, :, :, tokens]
-    return True
+            kv.scales(target)[:, :, :, first:last] = kv.scales(source)[:, :, :, first:last]
 
 
 def rows_of(blocks: npt.NDArray[np.uint8], shape: BlockShape, kv_dtype: str) -> npt.NDArray[Any]:

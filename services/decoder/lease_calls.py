@@ -17,7 +17,7 @@ from clients.kv_manager import KvManagerClient
 from protos import kv_manager_pb2 as pb
 from protos.rich_status import error_info, status_code
 from services.decoder.errors import DecoderError, EngineFailedError, NeverFitsError, PoolExhaustedError
-from services.decoder.kv_view import KvView
+from services.decoder.kv_view import DeviceBlocks, KvView
 from services.decoder.leases import (
     AcquireAsk,
     BlockSealed,
@@ -136,8 +136,9 @@ class LeaseCalls:
         asks = self._outbox.next_seals()
         if not asks:
             return False
-        # Of large blocks on another thread, and without the interpreter's lock; for small ones the way there would take longer.
-        if len(asks) * self._kv.shape.block_bytes > _MAX_INLINE_BYTES:
+        # Of large blocks on another thread, and without the interpreter's lock; for small ones the way there would take longer. A
+        # device may be busy with a step.
+        if isinstance(self._kv, DeviceBlocks) or len(asks) * self._kv.shape.block_bytes > _MAX_INLINE_BYTES:
             checksums = await asyncio.to_thread(_checksums, self._kv, asks)
         else:
             checksums = _checksums(self._kv, asks)
@@ -324,6 +325,11 @@ def _is_patient(ask: AcquireAsk | ExtendAsk) -> bool:
 def _checksums(kv: KvView, asks: Sequence[SealAsk]) -> dict[int, int]:
     """CRC-32 of the blocks of some asks, by index; without those that this pool does not have, which were asked of another."""
     checksums: dict[int, int] = {}
+    if isinstance(kv, DeviceBlocks):
+        known = {index: ask.block_id for index, ask in enumerate(asks) if ask.block_id < kv.num_blocks}
+        with suppress(IndexError):  # it was closed meanwhile
+            checksums = dict(zip(known, kv.checksums(list(known.values())), strict=True))
+        return checksums
     for index, ask in enumerate(asks):
         with suppress(IndexError):
             checksums[index] = zlib.crc32(kv.block_bytes(ask.block_id).data)

@@ -8,6 +8,7 @@ import time
 import structlog
 
 from services.decoder.config import NATIVE_MODULE
+from services.decoder.cuda_model import load_cuda_model
 from services.decoder.engine import LoadedModel
 from services.decoder.fingerprint import model_fingerprint
 from services.decoder.leases import KvGeometry
@@ -34,8 +35,11 @@ def load(
     _log.info("loading the model", model=str(checkpoint.directory), weight_bytes=weight_bytes)
     fingerprint = model_fingerprint(checkpoint.directory, checkpoint.weight_files)
     _log.info("the model is fingerprinted", fingerprint=fingerprint.hex(), after_s=_since(started))
-    ops = make_ops(backend, precision, threads)
-    model = load_model(checkpoint, config, ops)
+    if backend == "cuda":
+        model, ops = load_cuda_model(checkpoint, config, precision)
+    else:
+        ops = make_ops(backend, precision, threads)
+        model = load_model(checkpoint, config, ops)
     _log.info("the model is loaded", backend=ops.backend, numerics_id=ops.numerics_id, after_s=_since(started))
     geometry = KvGeometry(
         num_layers=config.num_hidden_layers,
@@ -51,7 +55,7 @@ def load(
 
 
 def make_ops(backend: str, precision: str, threads: int | None) -> Ops:
-    """A backend by its name on the command line. Imported only now, so that one works where the other cannot load."""
+    """A host backend by its name on the command line. Imported only now, so that one works where the other cannot load."""
     if backend == "native":
         native: Ops = importlib.import_module(NATIVE_MODULE).make_ops(threads, precision)
         return native

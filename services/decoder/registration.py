@@ -23,6 +23,7 @@ class WorkerSettings:
     worker_id: str
     max_seqs: int
     kv_capacity: int  # tokens
+    pool_memory: str = "host"  # or "cuda": where this worker's backend can use blocks
 
 
 class Registrar:

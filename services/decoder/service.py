@@ -27,11 +27,14 @@ from services.decoder.config import (
     resolve_precision,
 )
 from services.decoder.contiguous_leases import ContiguousLeases
+from services.decoder.cuda_model import warm_up
+from services.decoder.cuda_start import refuse_mps
 from services.decoder.engine import Engine, EngineSettings, LoadedModel
 from services.decoder.event_router import EventRouter
+from services.decoder.gpu_pool import map_gpu_pool
 from services.decoder.kv_view import ContiguousKv, PagedKv
 from services.decoder.lease_watch import LeaseWatch
-from services.decoder.leases import KvGeometry, LeasePort
+from services.decoder.leases import KvGeometry
 from services.decoder.loaded_model import load
 from services.decoder.loader import open_checkpoint
 from services.decoder.metrics import DecoderCollector
@@ -40,7 +43,7 @@ from services.decoder.ops.base import Ops
 from services.decoder.request_meter import RequestFigures
 from services.decoder.request_parser import Limits, RequestParser
 from services.decoder.servicer import DecoderServicer
-from services.decoder.session import ManagerLeases, WorkerSettings
+from services.decoder.session import ManagerLeases, MappedPool, WorkerSettings
 from services.decoder.tokenizer import load_tokenizer
 from services.metrics import MetricsEndpoint
 
@@ -86,12 +89,16 @@ class DecoderService:
         model_config = read_model_config(checkpoint)
         precision = resolve_precision(config.precision, backend, model_config.kv_dtype)
         kv_capacity = resolve_kv_capacity(config.kv_capacity, model_config.max_position_embeddings)
-        kv_dtype = resolve_kv_dtype(config.kv_dtype, model_config.kv_dtype)
+        kv_dtype = resolve_kv_dtype(config.kv_dtype, model_config.kv_dtype, backend, precision)
         tokenizer = await _in_thread(lambda: load_tokenizer(config.model, model_config.vocab_size))
         template = load_chat_template(config.model, tokenizer.special_tokens)
 
         router = EventRouter(asyncio.get_running_loop())
-        self._collector.watch = self._watch = LeaseWatch(self._lease_port(kv_capacity, kv_dtype))
+        leases = self._lease_port(kv_capacity, kv_dtype, backend)
+        self._collector.watch = self._watch = LeaseWatch(leases)
+        if backend == "cuda" and isinstance(leases, ManagerLeases):  # parse_args has refused --no-paged with it
+            refuse_mps()
+            await leases.hold_lock()
         settings = EngineSettings(
             max_seqs=config.max_seqs,
             kv_capacity=kv_capacity,
@@ -104,6 +111,8 @@ class DecoderService:
         def build_model() -> LoadedModel:
             threads, layout = config.threads, config.kv_layout
             built.append(load(checkpoint, model_config, kv_dtype, backend, precision, threads, layout))
+            if backend == "cuda":
+                warm_up(built[0][0].model, model_config, kv_dtype, settings)
             return built[0][0]
 
         self._collector.engine = self._engine = Engine(build_model, self._watch, settings, router.emit)
@@ -147,7 +156,7 @@ class DecoderService:
         finally:  # on the thread that waits for it: a cancelled `start` has not loaded anything
             self._is_loaded = True
 
-    def _lease_port(self, kv_capacity: int, kv_dtype: str) -> LeasePort:
+    def _lease_port(self, kv_capacity: int, kv_dtype: str, backend: str) -> ManagerLeases | ContiguousLeases:
         config = self._config
         if not config.paged:
 
@@ -156,13 +165,18 @@ class DecoderService:
 
             return ContiguousLeases(make_kv)
 
-        def map_pool(pool: kv_manager_pb2.PoolInfo) -> PagedKv:
-            kv = PagedKv(Path(pool.kv_path), kv_dtype)
+        memory = "cuda" if backend == "cuda" else "host"
+
+        def map_pool(pool: kv_manager_pb2.PoolInfo) -> MappedPool:
+            path = Path(pool.kv_path)
+            if memory == "cuda":
+                return map_gpu_pool(path, config.worker_id, kv_dtype)
+            kv = PagedKv(path, kv_dtype)
             if kv.pool_id != pool.pool_id:
                 raise ValueError(f"{pool.kv_path} is another pool; mount the manager's pool directory at the same path")
             return kv
 
-        settings = WorkerSettings(config.worker_id, config.max_seqs, kv_capacity)
+        settings = WorkerSettings(config.worker_id, config.max_seqs, kv_capacity, memory)
         return ManagerLeases(KvManagerClient(config.kv_manager), settings, map_pool)
 
     async def _open_leases(self, watch: LeaseWatch) -> None:

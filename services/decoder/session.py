@@ -17,6 +17,7 @@ from clients.errors import CallError
 from clients.kv_manager import KvManagerClient
 from protos import kv_manager_pb2 as pb
 from services.decoder.errors import ConfigError
+from services.decoder.gpu_pool import PoolAwayError
 from services.decoder.kv_view import KvView
 from services.decoder.lease_calls import LeaseCalls, SessionBrokenError, broken_by
 from services.decoder.leases import (
@@ -128,6 +129,36 @@ class ManagerLeases:
         """See LeasePort."""
         self._put(ReleaseAsk(cache_id, block_id))
 
+    async def hold_lock(self) -> None:
+        """Takes the worker's lock before anything initialises CUDA: then it stays locked until the GPU is done with a killed process.
+
+        Waits for the manager, which says where it is; raises ConfigError when this worker can have no blocks of its pool.
+        """
+        waits = False
+        while True:
+            try:
+                description = await self._client.describe_pool()
+            except CallError as error:
+                if not waits:
+                    _log.warning("waiting for the KV manager", address=self._client.address, reason=str(error))
+                waits = True
+                await asyncio.sleep(_MAX_BACKOFF_S)
+                continue
+            self._require_memory(description)
+            await self._hold_lock(Path(description.pool_dir))
+            return
+
+    def _require_memory(self, description: pb.DescribePoolResponse) -> None:
+        wanted, found = self._settings.pool_memory, description.pool_memory or "host"
+        if wanted == found:
+            return
+        where = {"host": "host memory", "cuda": "GPU memory"}
+        backends = {"host": "--backend native or mlx", "cuda": "--backend cuda"}
+        raise ConfigError(
+            f"--backend: the KV manager at {self._client.address} has its pool in {where[found]}, and this decoder's backend needs it"
+            f" in {where[wanted]}; use {backends[found]} here, or start a manager with --pool-memory {wanted} on another --pool-dir"
+        )
+
     async def open(self) -> None:
         """See LeasePort. A manager that is away is no error: the session is opened when it comes."""
         self._loop = asyncio.get_running_loop()
@@ -227,6 +258,7 @@ class ManagerLeases:
         bound = self._require_bound()
         try:
             description = await self._client.describe_pool()
+            self._require_memory(description)
             lock = await self._hold_lock(Path(description.pool_dir))
             mapped_pool_id = self._mapped_pool_id()
             claims = await self._claims(bound) if mapped_pool_id else ()
@@ -236,12 +268,12 @@ class ManagerLeases:
             if error.code in _FINAL:
                 raise ConfigError(f"--kv-manager: the KV manager at {self._client.address} refuses: {error}") from error
             raise SessionBrokenError(str(error), is_away=True) from error
-        pool = self._take_over(bound, reply)
+        pool = await self._take_over(bound, reply)
         _log.info("session_opened", epoch=reply.epoch, claims=len(claims), claims_accepted=reply.claims_accepted)
         calls = LeaseCalls(self._client, self._settings.worker_id, reply.epoch, self._outbox, bound.post, pool)
         return _Session(reply.epoch, reply.ttl_ms / 1000, reply.keepalive_interval_ms / 1000, calls)
 
-    def _take_over(self, bound: _Bound, reply: pb.RegisterWorkerResponse) -> MappedPool:
+    async def _take_over(self, bound: _Bound, reply: pb.RegisterWorkerResponse) -> MappedPool:
         """Tells the engine what became of its leases, before any answer of the new session; the pool that they are in."""
         if reply.claims_accepted and self._pool is not None:
             for cache_id in reply.lost_cache_ids:
@@ -249,7 +281,10 @@ class ManagerLeases:
             bound.post(ManagerBack())
             return self._pool
         try:
-            pool = self._map_pool(reply.pool)
+            # Memory of a GPU has to be waited for; the loop goes on.
+            pool = await asyncio.to_thread(self._map_pool, reply.pool)
+        except PoolAwayError as error:
+            raise SessionBrokenError(str(error), is_away=True) from error
         except (OSError, ValueError) as error:
             raise ConfigError(f"--kv-manager: cannot map the pool {reply.pool.kv_path}: {error}") from error
         old, self._pool = self._pool, pool

@@ -16,6 +16,7 @@ DEFAULT_LISTEN = "127.0.0.1:50050"
 MAX_NUM_BLOCKS = 1 << 28  # the headers alone are 32 GiB then
 MAX_BLOCK_SIZE = 256
 ANY_TENANT = "*"
+POOL_MEMORIES = ("host", "cuda")
 
 _SIZE = re.compile(r"^(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]?)(?P<binary>i?)B?$", re.IGNORECASE)
 _UNIT_POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -38,12 +39,20 @@ class Config:
     tenant_quotas: Mapping[str, int] = field(default_factory=dict)
     log_level: str = "info"
     metrics_listen: str | None = None
+    pool_memory: str = "host"  # or "cuda"
+    device: int = 0  # of the CUDA devices that this process sees
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the flag when a value cannot be served."""
         check_address("--listen", self.listen)
         if self.metrics_listen is not None:
             check_metrics_address(self.metrics_listen)
+        if self.pool_memory not in POOL_MEMORIES:
+            raise ValueError(f"--pool-memory: {self.pool_memory!r} is not one of {', '.join(POOL_MEMORIES)}")
+        if self.device < 0 or (self.device and self.pool_memory == "host"):
+            raise ValueError(
+                f"--device: {self.device} is the number of a GPU, from 0, and goes with --pool-memory cuda"
+            )
         if not str(self.pool_dir).strip():
             raise ValueError("--pool-dir: is empty; name a directory on tmpfs (fast) or on disk (survives a reboot)")
         if self.num_blocks is not None and self.pool_bytes is not None:
@@ -128,6 +137,14 @@ def _parser() -> argparse.ArgumentParser:
         "--pool-bytes", type=_size_argument, metavar="SIZE", help="size of the pool in bytes, such as 512MiB or 2GiB"
     )
     add("--block-size", type=int, default=16, metavar="TOKENS", help="tokens a block, a power of two (default 16)")
+    add(
+        "--pool-memory",
+        choices=POOL_MEMORIES,
+        default="host",
+        help="where the K/V bytes are: in a file in --pool-dir, or in the memory of an NVIDIA GPU, for decoders with --backend"
+        " cuda; that lasts as long as this manager or one of its decoders lives (default %(default)s)",
+    )
+    add("--device", type=int, default=0, metavar="N", help="the GPU of --pool-memory cuda (default %(default)s)")
     _add_limits(parser)
     add("--metrics-listen", metavar="HOST:PORT", help="serve Prometheus metrics at http://HOST:PORT/metrics (off)")
     add("--log-level", choices=sorted(LOG_LEVELS), default="info", help="what to log on stderr (default info)")
@@ -195,6 +212,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
             tenant_quotas=dict(args.tenant_quota),
             log_level=args.log_level,
             metrics_listen=args.metrics_listen,
+            pool_memory=args.pool_memory,
+            device=args.device,
         )
     except ValueError as error:
         parser.error(str(error))

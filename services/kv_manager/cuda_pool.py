@@ -7,12 +7,13 @@ after the driver has let go of the GPU, so blocks are reassigned on that alone.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import select
 import socket
+import struct
 import threading
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,11 +21,12 @@ import structlog
 
 from protos.pool_format import PAGE_BYTES, DataHeader
 from protos.pool_handover import OK, REFUSED, SOCKET_NAME, WAIT, Answer, Ask, receive_ask, send_answer
-from services.kv_manager.errors import PoolFileError
+from services.cuda_memory import CudaDevice, CudaError, SharedGpuMemory
+from services.kv_manager.errors import PoolFileError, StartError, StorageFullError
 from services.kv_manager.locks import LockProbe
 from services.kv_manager.meta_format import RESET_HINT, WorkerRecord
 from services.kv_manager.pool_file import DataFile
-from services.kv_manager.sessions import Session
+from services.kv_manager.sessions import LIVE, REVOKED, Session
 
 _log = structlog.get_logger("kv_manager.cuda_pool")
 _MEMORY_WAIT_S = 10.0
@@ -34,9 +36,10 @@ class GpuMemory(Protocol):
     """A range of GPU memory behind a descriptor: services.cuda_memory.SharedGpuMemory, or a stand-in of a test."""
 
     fd: int
+    device_uuid: str
 
-    def read(self, offset: int, num_bytes: int) -> bytes:
-        """A copy on the host."""
+    def checksums(self, offsets: Sequence[int], num_bytes: int) -> list[int]:
+        """CRC-32 of num_bytes bytes at each offset."""
         ...
 
     def close(self) -> None:
@@ -64,10 +67,20 @@ class GpuDataFile(DataFile):
         """Of all blocks."""
         return self.header.num_blocks * self.header.shape.stride_bytes
 
-    def adopt(self, fd: int) -> None:
+    @property
+    def is_absent(self) -> bool:
+        """See DataFile."""
+        return self.memory is None
+
+    def adopt(self, fd: int) -> GpuMemory:
         """Maps the memory that a worker kept over a restart; the descriptor is this object's from now on."""
-        self.memory = self._make_memory(self.num_bytes, fd)
+        try:
+            self.memory = self._make_memory(self.num_bytes, fd)
+        except BaseException:
+            os.close(fd)
+            raise
         self._arrived.set()
+        return self.memory
 
     def ensure(self, blocks: Iterable[int]) -> None:
         """All of it is there from the start."""
@@ -77,7 +90,8 @@ class GpuDataFile(DataFile):
         if not self._arrived.wait(_MEMORY_WAIT_S) or self.memory is None:
             raise PoolFileError(f"{self.path}: no worker has brought the GPU memory back yet")
         shape = self.header.shape
-        return zlib.crc32(self.memory.read(block * shape.stride_bytes, shape.block_bytes))
+        [checksum] = self.memory.checksums([block * shape.stride_bytes], shape.block_bytes)
+        return checksum
 
     def close(self) -> None:
         """Lets go of the memory; workers keep theirs."""
@@ -93,8 +107,17 @@ class GpuStorage:
         self._make_memory = make_memory
 
     def create(self, path: Path, header: DataHeader) -> GpuDataFile:
-        """Takes the memory, and makes the file with the header page alone."""
-        memory = self._make_memory(header.num_blocks * header.shape.stride_bytes, None)
+        """Takes the memory, and makes the file with the header page alone; raises StorageFullError when the GPU has no room."""
+        num_bytes = header.num_blocks * header.shape.stride_bytes
+        try:
+            memory = self._make_memory(num_bytes, None)
+        except CudaError as error:
+            raise StorageFullError(
+                f"the GPU has no {num_bytes} bytes for the pool ({error}): free some of its memory, or start the manager with a"
+                " smaller --num-blocks or --pool-bytes",
+                {"needed_bytes": str(num_bytes)},
+                "gpu",
+            ) from error
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
@@ -119,12 +142,15 @@ class GpuStorage:
 
 
 class GpuProbe(LockProbe):
-    """Tells whether a worker on a GPU may still write: by its pidfd, or, until it has handed one over, by its process."""
+    """Tells whether a worker on a GPU may still write: by the pidfd that it handed over, or one of the process that its record names."""
 
     def __init__(self, pool_dir: Path, worker: WorkerRecord) -> None:
         super().__init__(pool_dir, worker.worker_id)
-        self._worker = worker
-        self._pidfd = -1
+        self._pidfd, self._is_hidden = -1, False
+        try:
+            self._pidfd = _open_process(worker)
+        except OSError:  # it can be neither seen nor ruled out
+            self._is_hidden = True
 
     def take_pidfd(self, pidfd: int) -> None:
         """Owns the descriptor from now on."""
@@ -139,8 +165,8 @@ class GpuProbe(LockProbe):
             old._pidfd = -1
 
     def is_held(self) -> bool:
-        """Whether the lock is held or the process lives."""
-        return super().is_held() or self.process_lives()
+        """Whether the process lives, or its lock is held, by a child of it perhaps."""
+        return self.process_lives() or self.is_locked()
 
     def allows_successor(self) -> bool:
         """A new process with the same lock file proves nothing: the old one must be gone."""
@@ -148,17 +174,12 @@ class GpuProbe(LockProbe):
 
     def process_lives(self) -> bool:
         """False only when no kernel of the process can write any more."""
-        if self._pidfd >= 0:
-            poll = select.poll()
-            poll.register(self._pidfd, select.POLLIN)
-            return not poll.poll(0)
-        try:
-            stat = Path(f"/proc/{self._worker.pid}/stat").read_text()
-        except OSError:
-            return False
-        # Field 22; the second field is the command's name in parentheses, which may hold spaces. "Z": a process that is gone.
-        fields = stat.rsplit(")", 1)[1].split()
-        return fields[0] != "Z" and int(fields[19]) == self._worker.process_start_time_ticks
+        if self._pidfd < 0:
+            return self._is_hidden
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        # Readable once every thread is gone, and with the last of them the driver's files; a zombie's entry in /proc comes before.
+        return not poll.poll(0)
 
     def close(self) -> None:
         """Closes both descriptors."""
@@ -166,6 +187,45 @@ class GpuProbe(LockProbe):
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+
+
+def pid_namespace() -> int:
+    """The inode of this process's own, which no other has while it lives; 0 where there are none."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino & 0xFFFFFFFF
+    except OSError:
+        return 0
+
+
+def start_time_ticks(pid: int) -> int | None:
+    """When the process that has this pid started, in field 22 of its stat; None: no process has it."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The second field is the command's name in parentheses, which may hold spaces.
+    return int(stat.rsplit(")", 1)[1].split()[19])
+
+
+def _open_process(worker: WorkerRecord) -> int:
+    """A pidfd of the worker's process, or -1 when no process has its pid and start time; raises OSError when that cannot be told."""
+    if worker.pid_namespace not in (0, pid_namespace()):
+        raise OSError(f"an earlier manager saw process {worker.pid} in another pid namespace")
+    try:
+        pidfd = os.pidfd_open(worker.pid)
+    except OSError as error:
+        if error.errno in (errno.ESRCH, errno.EINVAL):  # no process, or a number that none can have
+            return -1
+        raise
+    try:
+        # In this order: who has the pid after it was opened, and started when the worker did, is the worker.
+        if start_time_ticks(worker.pid) == worker.process_start_time_ticks:
+            return pidfd
+    except BaseException:
+        os.close(pidfd)
+        raise
+    os.close(pidfd)
+    return -1
 
 
 class HandOver:
@@ -181,22 +241,27 @@ class HandOver:
         self._connections: set[socket.socket] = set()
 
     def start(self) -> None:
-        """Listens; the caller holds the manager's lock, so an old socket file is nobody's."""
+        """Listens; the caller holds the manager's lock, so an old socket file is nobody's. Raises StartError when it cannot."""
         self._path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(str(self._path))
+        try:
+            self._listener.bind(str(self._path))
+        except OSError as error:
+            self._listener.close()
+            raise StartError(
+                f"--pool-dir: no Unix socket can be made at {self._path} ({error}); use a shorter path, of a local file system"
+            ) from error
         os.chmod(self._path, 0o600)
         self._listener.listen()
         self._listener.setblocking(False)
         asyncio.get_running_loop().add_reader(self._listener, self._accept, self._listener)
 
     def close(self) -> None:
-        """Hangs up: workers see that the manager is gone."""
+        """Hangs up: workers see that the manager is gone. Once is enough."""
         loop = asyncio.get_running_loop()
-        if self._listener is not None:
+        if self._listener is not None and self._listener.fileno() >= 0:
             loop.remove_reader(self._listener)
             self._listener.close()
-            self._listener = None
         for connection in list(self._connections):
             self._hang_up(connection)
 
@@ -221,8 +286,9 @@ class HandOver:
             self._hang_up(connection)
             return
         try:
-            answer, memory_fd = self._decide(ask, fds)
-            _log.info("hand-over", worker=ask.worker_id, status=answer.status, reason=answer.reason)
+            answer, memory_fd = self._decide(ask, fds, _peer_pid(connection))
+            say = _log.debug if answer.status == WAIT else _log.info
+            say("hand-over", worker=ask.worker_id, status=answer.status, reason=answer.reason)
             send_answer(connection, answer, [] if memory_fd is None else [memory_fd])
         except OSError as error:
             _log.error("hand-over failed", worker=ask.worker_id, error=str(error))
@@ -231,31 +297,59 @@ class HandOver:
             for fd in fds:
                 os.close(fd)
 
-    def _decide(self, ask: Ask, fds: list[int]) -> tuple[Answer, int | None]:
+    def _decide(self, ask: Ask, fds: list[int], peer_pid: int) -> tuple[Answer, int | None]:
         """The answer, and the memory's descriptor that goes with it. What is kept of `fds` is taken out of it."""
         session, data = self._find_session(ask.worker_id), self._find_data()
-        if session is None or not isinstance(data, GpuDataFile) or not isinstance(session.probe, GpuProbe):
+        if session is None or session.state not in (LIVE, REVOKED) or not isinstance(data, GpuDataFile):
             return Answer(WAIT, "not registered"), None
+        probe = session.probe
+        assert isinstance(probe, GpuProbe), "a pool on a GPU has no other probes"
         if data.header.pool_id.hex() != ask.pool_id:
-            return Answer(REFUSED, "another pool"), None
-        if not fds or not _is_pidfd(fds[0]):
-            return Answer(REFUSED, "the first descriptor must be a pidfd of the worker"), None
-        if data.memory is None and len(fds) < 2:
+            return Answer(WAIT, "it is another pool now"), None
+        problem = _why_foreign(session.worker, fds, peer_pid)
+        if problem:
+            return Answer(REFUSED, problem), None
+        memory = data.memory
+        if memory is None and len(fds) < 2:
             return Answer(WAIT, "no worker has brought the GPU memory back yet"), None
-        session.probe.take_pidfd(fds.pop(0))
-        if data.memory is None:
-            data.adopt(fds.pop(0))
-            return Answer(OK), None
-        return Answer(OK), None if fds else data.memory.fd
+        if memory is None:
+            memory = data.adopt(fds.pop())
+            _log.info("the GPU memory is back", worker=ask.worker_id, pool=ask.pool_id)
+        probe.take_pidfd(fds.pop(0))
+        return Answer(OK, device_uuid=memory.device_uuid), None if ask.has_memory else memory.fd
 
 
-def _is_pidfd(fd: int) -> bool:
-    return "pidfd" in os.readlink(f"/proc/self/fd/{fd}")
+def _why_foreign(worker: WorkerRecord, fds: list[int], peer_pid: int) -> str:
+    """Empty when the first descriptor is a pidfd of the worker that registered, and it is the worker who asks."""
+    pid = _pid_of(fds[0]) if fds else None
+    if pid is None:
+        return "the first descriptor must be a pidfd of the worker"
+    if pid == 0 or peer_pid == 0:
+        return (
+            "the worker's process is in a pid namespace that the manager cannot see, so that its death could not be proved after a"
+            " restart; share one (docker: --pid, Compose: pid)"
+        )
+    if not pid == peer_pid == worker.pid or start_time_ticks(pid) != worker.process_start_time_ticks:
+        return f"process {peer_pid} asks with a pidfd of {pid}, and {worker.pid} registered as {worker.worker_id}"
+    return ""
+
+
+def _pid_of(fd: int) -> int | None:
+    """The pid of a pidfd as this process sees it, 0 when it cannot see it; None for any other descriptor."""
+    fields = dict(
+        line.split(":", 1) for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines() if ":" in line
+    )
+    return int(fields["Pid"]) if "Pid" in fields else None
+
+
+def _peer_pid(connection: socket.socket) -> int:
+    """Who connected, 0 when this process cannot see it."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid: int = struct.unpack("3i", credentials)[0]
+    return pid
 
 
 def cuda_memory(device: int) -> MakeMemory:
     """Memory of a real GPU; raises services.cuda_memory.CudaError where there is none."""
-    from services.cuda_memory import CudaDevice, SharedGpuMemory
-
     cuda = CudaDevice(device)
     return lambda num_bytes, fd: SharedGpuMemory(cuda, num_bytes, fd)

@@ -86,6 +86,12 @@ class LockProofError(ManagerError):
     """The worker's lock file does not prove what a registration needs it to prove."""
 
 
+class PredecessorLivesError(ManagerError):
+    """A process that had the worker's name may still write the blocks that it held; it is ending, and the next attempt may succeed."""
+
+    retry_delay_s = 0.1
+
+
 class TooManyWorkersError(ManagerError):
     """All worker slots are taken."""
 
@@ -203,6 +209,7 @@ _EDGE: dict[type[ManagerError], tuple[grpc.StatusCode, str]] = {
     PoolMismatchError: (grpc.StatusCode.FAILED_PRECONDITION, "POOL_MISMATCH"),
     PoolSizeError: (grpc.StatusCode.FAILED_PRECONDITION, "POOL_SIZE"),
     LockProofError: (grpc.StatusCode.FAILED_PRECONDITION, "LOCK_PROOF"),
+    PredecessorLivesError: (grpc.StatusCode.ABORTED, "PREDECESSOR_LIVES"),
     TooManyWorkersError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_WORKERS"),
     CacheIdReusedError: (grpc.StatusCode.FAILED_PRECONDITION, "CACHE_ID_RELEASED"),
     UnackedCallsError: (grpc.StatusCode.FAILED_PRECONDITION, "ACKED_SEQ_STUCK"),

@@ -32,6 +32,13 @@ class EventRing:
         # Called after every event; must be quick and must not raise.
         self.listeners: set[Callable[[], None]] = set()
 
+    def restart(self) -> None:
+        """Everything is gone at once: watchers hear `cleared`, and go on in a new incarnation."""
+        self.incarnation = secrets.token_bytes(16)
+        self._ring.clear()
+        for listener in self.listeners:
+            listener()
+
     def stored(self, content: Content) -> None:
         """Notes that the content can be found."""
         self._append(Event(True, content.content_hash, content.parent_hash, content.num_tokens))

@@ -14,6 +14,8 @@ from services.kv_manager.counters import Counters
 from services.kv_manager.errors import SessionRevokedError, StaleEpochError
 from services.kv_manager.leasebook import LeaseBook
 from services.kv_manager.pool_check import check_pool, check_references
+from services.kv_manager.pool_file import DataFile
+from services.kv_manager.pool_memory import HOST, PoolMemory
 from services.kv_manager.registrar import Registered, Registrar, Registration
 from services.kv_manager.sessions import LIVE, REVOKED, Clock, Lease, Session
 from services.kv_manager.waiting import WaitQueue
@@ -22,13 +24,13 @@ from services.kv_manager.waiting import WaitQueue
 class Lessor:
     """The manager's whole state, and every operation on it."""
 
-    def __init__(self, config: Config, pool_dir: Path, clock: Clock) -> None:
+    def __init__(self, config: Config, pool_dir: Path, clock: Clock, memory: PoolMemory = HOST) -> None:
         """Recovers what lies in pool_dir, which the caller has locked."""
         self.config = config
         self.pool_dir = pool_dir
         self.counters = Counters()
         self._clock = clock
-        self._registrar = Registrar(config, pool_dir, clock)
+        self._registrar = Registrar(config, pool_dir, clock, memory)
         self._sessions = self._registrar.sessions
         self.events = self._registrar.events
         self.book = LeaseBook(config, self._registrar, self.counters)
@@ -42,6 +44,21 @@ class Lessor:
         return self._registrar.pool
 
     @property
+    def pool_memory(self) -> str:
+        """ "host" or "cuda"."""
+        return self._registrar.memory.name
+
+    @property
+    def num_pools_lost(self) -> int:
+        """Pools in GPU memory, since the start, that no living worker could bring back."""
+        return self._registrar.num_pools_lost
+
+    @property
+    def data(self) -> DataFile | None:
+        """Where the pool's bytes are; None until the pool exists."""
+        return self.pool.files.data if self.pool is not None else None
+
+    @property
     def manager_epoch(self) -> int:
         """Grows with every start on the same pool."""
         return self._registrar.manager_epoch
@@ -49,6 +66,10 @@ class Lessor:
     def now(self) -> float:
         """The manager's monotonic clock, in seconds."""
         return self._clock()
+
+    def session(self, worker_id: str) -> Session | None:
+        """A worker's session."""
+        return self._sessions.get(worker_id)
 
     def sessions(self) -> list[Session]:
         """All sessions, the absent ones included."""
@@ -131,9 +152,12 @@ class Lessor:
             is_silent = now - session.last_seen > self.config.ttl_s
             may_be_dead = session.state != LIVE or is_silent or session.probe_until > now
             if may_be_dead and session.probe is not None and not session.probe.is_held():
-                self._registrar.end(session, "its lock is free")
+                self._registrar.end(
+                    session, "its lock is free" if self.pool_memory == "host" else "its process is gone"
+                )
             elif session.state == LIVE and is_silent:
                 self._revoke(session, f"silent for {now - session.last_seen:.1f} s")
+        self._registrar.drop_lost_pool()
         self.waiting.pump()
 
     def _revoke(self, session: Session, why: str) -> None:

@@ -62,6 +62,10 @@ class LockProbe:
         self.identity = (stat.st_dev, stat.st_ino)
 
     def is_held(self) -> bool:
+        """Whether the worker may still touch a block: False is proof that it does not."""
+        return self.is_locked()
+
+    def is_locked(self) -> bool:
         """Whether a process holds the lock at this moment; takes microseconds."""
         try:
             # Shared: it fails only on a worker's exclusive lock, never on another probe.

@@ -38,10 +38,10 @@ _SUPER = struct.Struct("<8sI16sQII")
 _CRC = struct.Struct("<I")
 # epoch, kernel boot id, CRC of both
 _EPOCH = struct.Struct("<Q36sI")
-# state, pad, CRC; then worker_id, boot_id, lock device and inode, pid, process start, kernel boot id, epoch,
+# state, pad, CRC; then worker_id, boot_id, lock device and inode, pid, process start, kernel boot id, pid namespace, epoch,
 # registration attempt, kv_capacity_tokens, max_seqs
 _SLOT_HEAD = struct.Struct("<B3xI")
-_SLOT_BODY = struct.Struct("<64s16sQQQQ36s4xQQII")
+_SLOT_BODY = struct.Struct("<64s16sQQQQ36sIQQII")
 # state, pad, CRC, holders; then generation, num_tokens, data checksum, content hash, parent hash, tenant digest
 HEADER_HEAD = struct.Struct("<B3xIQ")
 HEADER_BODY = struct.Struct("<QII32s32s16s16x")
@@ -125,6 +125,7 @@ class WorkerRecord:
     attempt: int
     kv_capacity_tokens: int
     max_seqs: int
+    pid_namespace: int = 0  # inode of the manager's own at registration; pid means something only there
 
     def pack(self) -> bytes:
         """The slot's record with state and CRC, SLOT_BYTES long."""
@@ -136,6 +137,7 @@ class WorkerRecord:
             self.pid,
             self.process_start_time_ticks,
             self.kernel_boot_id.encode()[:36],
+            self.pid_namespace,
             self.epoch,
             self.attempt,
             self.kv_capacity_tokens,
@@ -150,7 +152,9 @@ class WorkerRecord:
         body = record[_SLOT_HEAD.size : _SLOT_HEAD.size + _SLOT_BODY.size]
         if state != SLOT_USED or zlib.crc32(body, state) != crc:
             raise PoolFileError("a worker slot fails its checksum")
-        worker_id, boot_id, device, inode, pid, start, kernel, epoch, attempt, capacity, seqs = _SLOT_BODY.unpack(body)
+        (worker_id, boot_id, device, inode, pid, start, kernel, namespace, epoch, attempt, capacity, seqs) = (
+            _SLOT_BODY.unpack(body)
+        )
         return cls(
             worker_id=bytes(worker_id).rstrip(b"\0").decode(),
             boot_id=bytes(boot_id),
@@ -163,6 +167,7 @@ class WorkerRecord:
             attempt=attempt,
             kv_capacity_tokens=capacity,
             max_seqs=seqs,
+            pid_namespace=namespace,
         )
 
 

@@ -65,6 +65,11 @@ class ManagerCollector(Collector):
         for state in (LIVE, REVOKED, ABSENT, ORPHANED):
             family.add_metric([state], float(states[state]))
         yield family
+        yield CounterMetricFamily(
+            _PREFIX + "lost_pools",
+            "Pools in GPU memory, since the start, that no living worker could bring back: their cache was lost.",
+            value=lessor.num_pools_lost,
+        )
         yield GaugeMetricFamily(
             _PREFIX + "epoch", "Grows with every start on the same pool.", value=lessor.manager_epoch
         )

@@ -63,6 +63,8 @@ class DataFile:
         except ValueError as error:
             raise PoolFileError(f"{path}: {error}; {RESET_HINT}") from error
         size = path.stat().st_size
+        if size == PAGE_BYTES:
+            raise PoolFileError(f"{path} is of a pool in GPU memory; start with --pool-memory cuda, or {RESET_HINT}")
         if size != header.file_bytes:
             raise PoolFileError(
                 f"{path} has {size} bytes and should have {header.file_bytes}: it was truncated; {RESET_HINT}"
@@ -108,6 +110,11 @@ class DataFile:
             crc = zlib.crc32(piece, crc)
             offset += len(piece)
         return crc
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether the bytes are with workers that have not come back since the manager's start: in GPU memory only."""
+        return False
 
     def close(self) -> None:
         """Closes the file; decoders keep their mappings."""
@@ -162,6 +169,12 @@ class PoolFiles:
         """Closes both files."""
         self.data.close()
         self.meta.close()
+
+    def delete(self) -> None:
+        """Closes and removes both files; a start that finds only the second removes it too."""
+        self.close()
+        for path in (self.meta.path, self.data.path):
+            path.unlink(missing_ok=True)
 
 
 def create_pool(

@@ -12,12 +12,12 @@ import structlog
 
 from services.kv_manager import locks
 from services.kv_manager.block_pool import BlockPool
-from services.kv_manager.config import MAX_NUM_BLOCKS, Config
+from services.kv_manager.config import Config
+from services.kv_manager.cuda_pool import pid_namespace
 from services.kv_manager.errors import (
     InvalidRequestError,
     LockProofError,
-    PoolFileError,
-    PoolSizeError,
+    PredecessorLivesError,
     StaleRegistrationError,
     TooManyWorkersError,
 )
@@ -26,6 +26,8 @@ from services.kv_manager.geometry import Geometry
 from services.kv_manager.locks import LockProbe
 from services.kv_manager.meta_format import NUM_SLOTS, WorkerRecord
 from services.kv_manager.pool_file import PoolFiles, create_pool, find_pool
+from services.kv_manager.pool_memory import HOST, PoolMemory
+from services.kv_manager.pool_size import num_blocks_for, require_flags_fit
 from services.kv_manager.recovery import Recovered
 from services.kv_manager.sessions import ABSENT, LIVE, ORPHANED, REVOKED, Clock, Lease, Session
 
@@ -75,8 +77,10 @@ class _Before(Enum):
 class Registrar:
     """The pool and the sessions on it. Single-threaded, like all of the manager's state."""
 
-    def __init__(self, config: Config, pool_dir: Path, clock: Clock) -> None:
+    def __init__(self, config: Config, pool_dir: Path, clock: Clock, memory: PoolMemory = HOST) -> None:
         """Recovers what lies in pool_dir, which the caller has locked; raises PoolFileError when that cannot serve."""
+        self.memory = memory
+        self.num_pools_lost = 0
         self.config = config
         self.pool_dir = pool_dir
         self.clock = clock
@@ -84,31 +88,17 @@ class Registrar:
         self.pool: BlockPool | None = None
         self.events = EventRing()
         self.manager_epoch = 1
+        self._last_epoch = 0  # of a pool that was lost: no epoch is issued twice
         self._kernel_boot_id = locks.kernel_boot_id()
         # Boot ids that were replaced or died: a registration of theirs can only be a late copy, or of one that has lost its name.
         self._retired: OrderedDict[tuple[str, bytes], None] = OrderedDict()
-        files, removed = find_pool(pool_dir)
+        files, removed = find_pool(pool_dir, memory.storage)
         if removed:
             _log.warning("removed files of pools that were not whole", pool_dir=str(pool_dir), files=removed)
         if files is not None:
-            self._require_flags_fit(files)
+            require_flags_fit(config, files)
             self._recover(files)
-
-    def _require_flags_fit(self, files: PoolFiles) -> None:
-        config, path = self.config, files.meta.path
-        hint = "use another --pool-dir, or stop the decoders and delete the pool's .meta and .kv"
-        if files.block_size != config.block_size:
-            raise PoolFileError(
-                f"--block-size: {config.block_size}, but {path} has blocks of {files.block_size} tokens; {hint}"
-            )
-        stride = files.data.header.shape.stride_bytes
-        if config.num_blocks is not None and config.num_blocks != files.num_blocks:
-            raise PoolFileError(f"--num-blocks: {config.num_blocks}, but {path} has {files.num_blocks} blocks; {hint}")
-        if config.pool_bytes is not None and config.pool_bytes // stride != files.num_blocks:
-            raise PoolFileError(
-                f"--pool-bytes: {config.pool_bytes} bytes are {config.pool_bytes // stride} blocks, but {path} has"
-                f" {files.num_blocks}; {hint}"
-            )
+            self.drop_lost_pool()
 
     def _recover(self, files: PoolFiles) -> None:
         rebooted = self._is_other_boot(files.meta.kernel_boot_id)
@@ -138,7 +128,7 @@ class Registrar:
     def _find_lock(self, worker: WorkerRecord) -> LockProbe | None:
         """The worker's lock as it was when it registered; None when the file is missing or is another: unknown."""
         try:
-            probe = LockProbe(self.pool_dir, worker.worker_id)
+            probe = self.memory.probe(self.pool_dir, worker)
         except LockProofError:
             return None
         if probe.identity != (worker.lock_device, worker.lock_inode):
@@ -171,9 +161,12 @@ class Registrar:
             self._set_aside(old)
         if not self._kernel_boot_id or worker.kernel_boot_id != self._kernel_boot_id:
             worker = replace(worker, kernel_boot_id="")  # another kernel's reboots prove nothing here
-        worker = replace(worker, epoch=pool.files.meta.advance_epoch(self._kernel_boot_id))
+        worker = replace(
+            worker, pid_namespace=pid_namespace(), epoch=pool.files.meta.advance_epoch(self._kernel_boot_id)
+        )
         capacity_blocks = -(-worker.kv_capacity_tokens // self.config.block_size)
         session = Session(worker, slot, probe, LIVE, self.clock(), min(capacity_blocks, pool.num_blocks))
+        session.maps_pool = claims_accepted
         lost = self._reclaim(session, old if before is _Before.ITSELF else None, claims)
         _log.info("registered", worker=worker.worker_id, epoch=worker.epoch, leases=len(session.leases), lost=lost)
         return Registered(session, claims_accepted, lost)
@@ -189,7 +182,7 @@ class Registrar:
             )
 
     def _open_held_lock(self, worker: WorkerRecord) -> LockProbe:
-        probe = LockProbe(self.pool_dir, worker.worker_id)
+        probe = self.memory.probe(self.pool_dir, worker)
         stated = (worker.lock_device, worker.lock_inode)
         problem = None
         if probe.identity != stated:
@@ -197,7 +190,7 @@ class Registrar:
                 f"is device and inode {probe.identity}, and the worker states {stated}: the file was replaced, or the worker"
                 " sees another directory; restart the worker, with the manager's --pool-dir mounted"
             )
-        elif not probe.is_held():
+        elif not probe.is_locked():
             problem = "is not locked: the worker must hold an exclusive flock on it for its whole life"
         if problem is None and probe.holder() in ("", worker.boot_id.hex()):
             return probe
@@ -218,8 +211,15 @@ class Registrar:
         is_same_lock = (old.worker.lock_device, old.worker.lock_inode) == (worker.lock_device, worker.lock_inode)
         if is_same_life and is_same_lock:
             return _Before.ITSELF
-        if not is_same_life and (is_same_lock or (old.probe is not None and not old.probe.is_held())):
+        if not is_same_life and old.probe is not None and not old.probe.is_held():
             return _Before.DEAD
+        if not is_same_life and is_same_lock:
+            if old.probe is None or old.probe.allows_successor():
+                return _Before.DEAD
+            raise PredecessorLivesError(
+                f"worker {worker.worker_id}: the process {old.worker.pid} that had this name is not gone yet, and what it runs on the"
+                " GPU may still write its blocks; register again"
+            )
         if not is_same_life and old.probe is None:
             return _Before.UNKNOWN
         path = self.pool_dir / locks.WORKERS_DIR / f"{worker.worker_id}.lock"
@@ -266,23 +266,15 @@ class Registrar:
             self._retired.popitem(last=False)
 
     def _create_pool(self, request: Registration) -> BlockPool:
-        config, worker = self.config, request.worker
+        config = self.config
         stride = request.geometry.shape(config.block_size).stride_bytes
-        if config.num_blocks is not None:
-            num_blocks = config.num_blocks
-        elif config.pool_bytes is not None:
-            num_blocks = config.pool_bytes // stride
-        else:
-            num_blocks = worker.max_seqs * -(-worker.kv_capacity_tokens // config.block_size)
-        if not 1 <= num_blocks <= MAX_NUM_BLOCKS:
-            raise PoolSizeError(
-                f"the pool would have {num_blocks} blocks of {stride} bytes, not 1 to {MAX_NUM_BLOCKS}: change the"
-                f" manager's --num-blocks or --pool-bytes (now {config.num_blocks or config.pool_bytes or 'not given'})"
-            )
-        files = create_pool(self.pool_dir, request.geometry, config.block_size, num_blocks)
+        num_blocks = num_blocks_for(config, request.worker, stride)
+        files = create_pool(self.pool_dir, request.geometry, config.block_size, num_blocks, self.memory.storage)
+        files.meta.epoch = self._last_epoch
         # Issued now, so that the first session's epoch differs from the manager's own.
         self.manager_epoch = files.meta.advance_epoch(self._kernel_boot_id)
-        _log.info("pool created", pool=files.pool_id.hex(), num_blocks=num_blocks, block_bytes=stride)
+        size = {"num_blocks": num_blocks, "block_bytes": stride}
+        _log.info("pool created", pool=files.pool_id.hex(), memory=self.memory.name, **size)
         return BlockPool(files, self.events)
 
     def _free_slot(self) -> int:
@@ -325,7 +317,8 @@ class Registrar:
             pool.share(slot, block)
         pool.drop(slot, list((Counter(before) - Counter(after)).elements()))
         self.sessions[session.worker.worker_id] = session
-        if old is not None and old.probe is not None:
+        if old is not None and old.probe is not None and session.probe is not None:
+            session.probe.take_over(old.probe)
             old.probe.close()
         return lost
 
@@ -353,6 +346,29 @@ class Registrar:
         self.sessions.pop(worker.worker_id, None)
         self._retire(worker)
         _log.info("session ended", worker=worker.worker_id, epoch=worker.epoch, why=why, freed_blocks=num_freed)
+
+    def drop_lost_pool(self) -> None:
+        """Forgets a pool in GPU memory that no living worker can bring back: the next registration makes another."""
+        pool = self.pool
+        if pool is None or not pool.files.data.is_absent:
+            return
+        for session in self.sessions.values():
+            # One without a probe cannot register again: see _require_successor.
+            if session.maps_pool or (session.state == ABSENT and session.probe is not None):
+                return
+        counts = {state.name.lower(): count for state, count in pool.counts().items()}
+        event = "the GPU cache is gone: no worker that had its memory lives; the next registration makes a new pool"
+        _log.warning(event, pool=pool.files.pool_id.hex(), **counts)
+        self.num_pools_lost += 1
+        self._last_epoch = pool.files.meta.epoch
+        # Those without the memory hold nothing; they learn by the epoch that they must register again.
+        for session in self.sessions.values():
+            if session.probe is not None:
+                session.probe.close()
+        self.sessions.clear()
+        self.pool = None
+        self.events.restart()
+        pool.files.delete()
 
     def _require_pool(self) -> BlockPool:
         assert self.pool is not None, "there are no sessions without a pool"

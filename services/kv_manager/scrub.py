@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import structlog
 
 from services.kv_manager.block_pool import BlockPool
+from services.kv_manager.errors import PoolFileError
 from services.kv_manager.lessor import Lessor
 
 _log = structlog.get_logger("kv_manager.scrub")
@@ -90,9 +91,12 @@ class Verifier:
     async def scrub_forever(self, bytes_per_s: int, interval_s: float = 60.0) -> None:
         """Scrubs in the background, round after round."""
         while True:
-            async for progress in self.scrub(bytes_per_s):
-                if progress.done and progress.num_corrupt:
-                    _log.error("scrub found corrupt blocks", num_corrupt=progress.num_corrupt)
+            try:
+                async for progress in self.scrub(bytes_per_s):
+                    if progress.done and progress.num_corrupt:
+                        _log.error("scrub found corrupt blocks", num_corrupt=progress.num_corrupt)
+            except (PoolFileError, OSError) as error:  # such as GPU memory that is not back yet
+                _log.warning("scrub could not read the pool", error=str(error))
             await asyncio.sleep(interval_s)
 
     async def flush(self, tenant_digest: bytes | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 import grpc
@@ -14,9 +15,11 @@ from protos import kv_manager_pb2_grpc as pb_grpc
 from services import serving
 from services.kv_manager.call_meter import CallMeter
 from services.kv_manager.config import Config
+from services.kv_manager.cuda_pool import HandOver
 from services.kv_manager.lessor import Lessor
 from services.kv_manager.locks import ManagerLock, prepare_pool_dir
 from services.kv_manager.metrics import ManagerCollector
+from services.kv_manager.pool_memory import PoolMemory, open_memory
 from services.kv_manager.scrub import Verifier
 from services.kv_manager.servicer import KVManagerServicer
 from services.kv_manager.sessions import Clock
@@ -31,12 +34,14 @@ _log = structlog.get_logger("kv_manager")
 class Service:
     """A manager that serves while the `async with` block runs; `address` is where."""
 
-    def __init__(self, config: Config, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self, config: Config, clock: Clock = time.monotonic, memory: Callable[[Config], PoolMemory] = open_memory
+    ) -> None:
         """Locks and recovers the pool directory; raises StartError when it cannot serve."""
         pool_dir = prepare_pool_dir(config.pool_dir)
         self._lock = ManagerLock(pool_dir)
         try:
-            self.lessor = Lessor(config, pool_dir, clock)
+            self.lessor = Lessor(config, pool_dir, clock, memory(config))
         except BaseException:
             self._lock.close()
             raise
@@ -50,6 +55,7 @@ class Service:
         self._verifier = Verifier(self.lessor)
         self._wake = asyncio.Event()
         self._servicer = KVManagerServicer(self.lessor, self._verifier, self._wake.set)
+        self._hand_over = HandOver(pool_dir, self.lessor.session, lambda: self.lessor.data)
         self._tasks: list[asyncio.Task[None]] = []
         self.address = ""
 
@@ -61,6 +67,8 @@ class Service:
             if self._config.metrics_listen is not None:
                 await self.metrics.start(self._config.metrics_listen)
                 _log.info("metrics", address=self.metrics.address)
+            if self.lessor.pool_memory == "cuda":
+                self._hand_over.start()
             # Last: gRPC accepts connections from here on.
             self.address = serving.bind(self._server, "--listen", self._config.listen)
             await self._server.start()
@@ -70,7 +78,8 @@ class Service:
         self._tasks.append(asyncio.create_task(self._tick_forever()))
         if self._config.scrub_bytes_per_s:
             self._tasks.append(asyncio.create_task(self._verifier.scrub_forever(self._config.scrub_bytes_per_s)))
-        _log.info("serving", address=self.address, pool_dir=str(self.lessor.pool_dir))
+        where = {"pool_dir": str(self.lessor.pool_dir), "pool_memory": self.lessor.pool_memory}
+        _log.info("serving", address=self.address, **where)
         return self
 
     async def __aexit__(
@@ -89,6 +98,7 @@ class Service:
 
     def _close(self) -> None:
         self.metrics.stop()
+        self._hand_over.close()
         self.lessor.close()
         self._lock.close()
 
@@ -106,9 +116,9 @@ class Service:
                 continue
 
 
-async def serve(config: Config) -> None:
+async def serve(config: Config, memory: Callable[[Config], PoolMemory] = open_memory) -> None:
     """Serves until SIGTERM or SIGINT."""
     stop = serving.stop_event_on_signals()
-    async with Service(config):
+    async with Service(config, memory=memory):
         await stop.wait()
         _log.info("stopping")

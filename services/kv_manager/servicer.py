@@ -269,6 +269,9 @@ class KVManagerServicer(pb_grpc.KVManagerServicer):
             pool=translate.pool_info(lessor.pool.files) if lessor.pool is not None else None,
             block_size=lessor.config.block_size,
             manager_epoch=lessor.manager_epoch,
+            pool_memory=lessor.pool_memory,
+            memory_is_absent=lessor.data is not None and lessor.data.is_absent,
+            num_lost_pools=lessor.num_pools_lost,
         )
 
     @_unary

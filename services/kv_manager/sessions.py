@@ -56,6 +56,8 @@ class Session:
     max_blocks: int = 0
     leases: dict[int, Lease] = field(default_factory=dict)
     pinned: list[int] = field(default_factory=list)
+    # It registered with this pool mapped, so that it can bring the memory of a GPU pool back after a restart of the manager.
+    maps_pool: bool = False
     busy_ms: int | None = None
     # Until then the lock is probed often: the worker's stream has ended, and sockets close before locks do.
     probe_until: float = float("-inf")

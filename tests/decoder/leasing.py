@@ -13,7 +13,7 @@ from protos import kv_manager_pb2 as pb
 from services.decoder.engine import EngineSettings
 from services.decoder.kv_view import PagedKv
 from services.decoder.request import DecodeRequest
-from services.decoder.session import ManagerLeases, WorkerSettings
+from services.decoder.session import ManagerLeases, MappedPool, WorkerSettings
 from tests.decoder.engine_fakes import DEADLINE_S, EngineHarness, Outcome, expected_tokens, make_request
 from tests.kv_manager.helpers import ManagerProcess
 
@@ -30,11 +30,19 @@ async def until(condition: Callable[[], Awaitable[object]]) -> None:
 class Decoder:
     """An engine with a fake model that leases from a real manager."""
 
-    def __init__(self, address: str, worker_id: str = "w1", settings: EngineSettings | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        worker_id: str = "w1",
+        settings: EngineSettings | None = None,
+        map_pool: Callable[[pb.PoolInfo], MappedPool] | None = None,
+        pool_memory: str = "host",
+    ) -> None:
         settings = settings or EngineSettings(max_seqs=8, kv_capacity=512, max_num_batched_tokens=64)
-        worker = WorkerSettings(worker_id, settings.max_seqs, settings.kv_capacity)
+        worker = WorkerSettings(worker_id, settings.max_seqs, settings.kv_capacity, pool_memory)
         self.client = KvManagerClient(address, deadline_s=2.0)
-        self.leases = ManagerLeases(self.client, worker, lambda pool: PagedKv(Path(pool.kv_path), "f32"))
+        map_pool = map_pool or (lambda pool: PagedKv(Path(pool.kv_path), "f32"))
+        self.leases = ManagerLeases(self.client, worker, map_pool)
         self.harness = EngineHarness(self.leases, settings)
         self.model = self.harness.model
 

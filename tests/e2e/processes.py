@@ -170,12 +170,13 @@ class Processes:
         pool_dir: Path | None = None,
         num_blocks: int | None = 256,  # None: as `flags` say
         wait: bool = True,
+        module: str = "services.kv_manager",
     ) -> Manager:
         """A manager that serves; with wait=False it may still be starting. `listen` and `pool_dir` of an earlier one start it again."""
         pool_dir = self._directory / f"pool-{len(self._services)}" if pool_dir is None else pool_dir
         size = () if num_blocks is None else ("--num-blocks", str(num_blocks))
         argv = ("--listen", listen, "--pool-dir", str(pool_dir), *size, *flags)
-        process, log_path = self._spawn("services.kv_manager", argv)
+        process, log_path = self._spawn(module, argv)
         manager = Manager(process, log_path, MANAGER_SERVICE, pool_dir=pool_dir)
         self._services.append(manager)
         if wait:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import mmap
 import os
 import signal
 import subprocess
@@ -18,32 +17,18 @@ import numpy as np
 import pytest
 
 from protos.pool_format import PAGE_BYTES, BlockShape, DataHeader
-from services.decoder.gpu_pool import ManagedGpuPool, is_gpu_pool
+from services.cuda_memory import CudaError
+from services.decoder.gpu_pool import ManagedGpuPool, PoolAwayError, is_gpu_pool
+from services.decoder.kv_view import copy_tokens
 from services.kv_manager.cuda_pool import GpuDataFile, GpuProbe, GpuStorage, HandOver
-from services.kv_manager.errors import PoolFileError
+from services.kv_manager.errors import PoolFileError, StorageFullError
 from services.kv_manager.locks import prepare_pool_dir
 from services.kv_manager.meta_format import WorkerRecord
 from services.kv_manager.pool_file import DataFile
+from services.kv_manager.sessions import LIVE
+from tests.gpu_stand_in import StandIn
 
 HEADER = DataHeader(bytes(range(16)), 8, BlockShape(2, 2, 16, 8, 2))
-
-
-class StandIn:
-    """Memory behind a descriptor that survives its maker, like a CUDA handle's."""
-
-    def __init__(self, num_bytes: int, fd: int | None = None) -> None:
-        if fd is None:
-            fd = os.memfd_create("stand-in")
-            os.ftruncate(fd, num_bytes)
-        self.fd, self.address = fd, 0
-        self.map = mmap.mmap(fd, num_bytes)
-
-    def read(self, offset: int, num_bytes: int) -> bytes:
-        return self.map[offset : offset + num_bytes]
-
-    def close(self) -> None:
-        self.map.close()
-        os.close(self.fd)
 
 
 def record(pid: int, start_ticks: int | None = None) -> WorkerRecord:
@@ -64,13 +49,13 @@ class ManagerSide:
 
     def __init__(self, pool_dir: Path, data: GpuDataFile, worker: WorkerRecord) -> None:
         self.data = data
-        self.session: Any = SimpleNamespace(probe=GpuProbe(pool_dir, worker))
+        self.session: Any = SimpleNamespace(probe=GpuProbe(pool_dir, worker), worker=worker, state=LIVE)
         self.is_registered = True
         self.hand_over = HandOver(pool_dir, lambda _: self.session if self.is_registered else None, lambda: data)
 
 
 async def map_pool(path: Path) -> ManagedGpuPool:
-    return await asyncio.to_thread(ManagedGpuPool, path, "w1", "bf16", StandIn)
+    return await asyncio.to_thread(ManagedGpuPool, path, "w1", "bf16", StandIn, StandIn.device_uuid)
 
 
 async def test_a_worker_gets_the_memory_and_both_see_each_others_stores(pool_dir: Path) -> None:
@@ -132,7 +117,7 @@ async def test_strangers_get_nothing(pool_dir: Path) -> None:
     )
     other.hand_over.start()
     try:
-        with pytest.raises(ValueError, match="another pool"):
+        with pytest.raises(PoolAwayError, match="another pool"):
             await map_pool(path)
     finally:
         other.hand_over.close()
@@ -143,6 +128,7 @@ def test_a_free_lock_is_no_proof_of_death_but_a_pidfd_is(pool_dir: Path) -> None
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         probe = GpuProbe(pool_dir, record(child.pid))
+        assert not probe.is_locked()
         assert probe.is_held()  # nobody holds the lock, and the process is there
         assert not probe.allows_successor()
         probe.take_pidfd(os.pidfd_open(child.pid))
@@ -163,10 +149,12 @@ def test_a_free_lock_is_no_proof_of_death_but_a_pidfd_is(pool_dir: Path) -> None
 def test_after_a_restart_the_process_itself_must_be_gone(pool_dir: Path) -> None:
     ours = record(os.getpid())
     living, reused = GpuProbe(pool_dir, ours), GpuProbe(pool_dir, replace(ours, process_start_time_ticks=1))
+    elsewhere = GpuProbe(pool_dir, replace(ours, pid=1 << 22, pid_namespace=1))
     assert living.is_held()
     assert not reused.is_held()  # the pid is somebody else's by now
-    living.close()
-    reused.close()
+    assert elsewhere.is_held()  # a number in another pid namespace says nothing
+    for probe in (living, reused, elsewhere):
+        probe.close()
 
 
 def test_a_file_of_the_other_kind_is_refused(pool_dir: Path) -> None:
@@ -178,5 +166,60 @@ def test_a_file_of_the_other_kind_is_refused(pool_dir: Path) -> None:
     path.unlink()
     GpuStorage(StandIn).create(path, HEADER).close()
     assert path.stat().st_size == PAGE_BYTES
-    with pytest.raises(PoolFileError, match="truncated"):
+    with pytest.raises(PoolFileError, match="start with --pool-memory cuda"):
         DataFile.open(path)
+
+
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("layout", ["hnd", "nhd"])
+async def test_a_forks_partial_block_is_copied_where_it_is(pool_dir: Path, kv_dtype: str, layout: str) -> None:
+    path = pool_dir / "x.kv"
+    header = replace(HEADER, shape=BlockShape.of(kv_dtype, layout, 2, 2, 16, 8))
+    data = GpuStorage(StandIn).create(path, header)
+    side = ManagerSide(pool_dir, data, record(os.getpid()))
+    side.hand_over.start()
+    pool = await asyncio.to_thread(ManagedGpuPool, path, "w1", kv_dtype, StandIn, StandIn.device_uuid)
+    try:
+        stand_in: Any = pool._memory
+        stand_in.map[:] = np.random.default_rng(0).bytes(len(stand_in.map))
+        before = [pool.block(block).copy() for block in range(8)]
+        pool_scales = [pool.scales(block).copy() for block in range(8)] if kv_dtype == "int8" else []
+        copy_tokens(pool, np.array([0, 5], np.int32), np.array([0, 2], np.int32), 19, 29)
+        expected = before[2].copy()
+        expected[:, :, :, 3:13] = before[5][:, :, :, 3:13]
+        for block in range(8):
+            assert np.array_equal(pool.block(block), expected if block == 2 else before[block])
+        for block, scales in enumerate(pool_scales):
+            if block == 2:
+                scales[:, :, :, 3:13] = pool_scales[5][:, :, :, 3:13]
+            assert np.array_equal(pool.scales(block), scales, equal_nan=True)
+        assert pool.checksums([2, 5]) == [data.checksum(2), data.checksum(5)]
+        with pytest.raises(IndexError):
+            pool.checksums([8])
+    finally:
+        pool.close()
+        side.hand_over.close()
+        data.close()
+    with pytest.raises(IndexError, match="closed"):
+        pool.checksums([2])
+
+
+async def test_a_pool_on_another_gpu_is_refused_by_name(pool_dir: Path) -> None:
+    path = pool_dir / "x.kv"
+    data = GpuStorage(StandIn).create(path, HEADER)
+    side = ManagerSide(pool_dir, data, record(os.getpid()))
+    side.hand_over.start()
+    try:
+        with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES"):
+            await asyncio.to_thread(ManagedGpuPool, path, "w1", "bf16", StandIn, "another")
+    finally:
+        side.hand_over.close()
+        data.close()
+
+
+def test_a_gpu_without_room_is_a_full_storage(pool_dir: Path) -> None:
+    def no_room(num_bytes: int, fd: int | None) -> StandIn:
+        raise CudaError("cuMemCreate: out of memory (2)")
+
+    with pytest.raises(StorageFullError, match="smaller --num-blocks or --pool-bytes"):
+        GpuStorage(no_room).create(pool_dir / "x.kv", HEADER)
