@@ -166,7 +166,12 @@ def add_stack_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PORT",
         help="port of the first decoder, the next ones follow; 0 for free ones (%(default)s)",
     )
-    add("--backend", metavar="NAME", help="what the decoder computes with: mlx, native or auto (auto)")
+    add("--backend", metavar="NAME", help="what the decoder computes with: mlx, native, cuda or auto (auto)")
+    add(
+        "--pool-memory",
+        choices=("host", "cuda"),
+        help="where the pool is: host memory, or an NVIDIA GPU's, which --backend cuda needs (what the backend needs)",
+    )
     add("--max-seqs", type=values.whole(1, 2**31 - 1), metavar="N", help="requests in a decoder's batch (32)")
     add(
         "--kv-capacity",

@@ -51,6 +51,9 @@ def to_object(
     result["hit_rate"] = _hit_rate(stats)
     result["block_size"] = pool.block_size
     result["pool_dir"] = pool.pool_dir
+    result["pool_memory"] = pool.pool_memory
+    result["memory_is_absent"] = pool.memory_is_absent
+    result["num_lost_pools"] = pool.num_lost_pools
     result["kv_dtype"], result["kv_layout"] = _stored_as(pool) if pool.HasField("pool") else (None, None)
     result["leases"] = [
         {
@@ -83,12 +86,12 @@ def to_object(
 def to_text(stats: pb.StatsResponse, listing: pb.ListLeasesResponse, pool: pb.DescribePoolResponse) -> str:
     """The tables for people."""
     if not pool.HasField("pool"):
-        head = f"pool in {pool.pool_dir}: not made yet, its size comes from the first decoder"
+        head = f"pool in {pool.pool_dir}: not made yet, its size comes from the first decoder{_memory_note(pool)}"
     else:
         size_mib = pool.pool.num_blocks * pool.pool.block_stride_bytes / (1 << 20)
         head = (
             f"pool in {pool.pool_dir}: {stats.num_blocks} blocks of {pool.block_size} tokens, {size_mib:.1f} MiB, "
-            f"{' '.join(_stored_as(pool))}"
+            f"{' '.join(_stored_as(pool))}{_memory_note(pool)}"
         )
     parts = [head, table(_COUNTS, [[getattr(stats, name) for name in _COUNTS]])]
     activity = [*(getattr(stats, name) for name in _ACTIVITY), _percent(_hit_rate(stats))]
@@ -114,6 +117,18 @@ def _stored_as(pool: pb.DescribePoolResponse) -> tuple[str, str]:
     geometry = pool.pool.geometry
     dtype, layout = pb.KvDtype.Name(geometry.kv_dtype), pb.KvLayout.Name(geometry.layout)
     return dtype.removeprefix("KV_DTYPE_").lower(), layout.removeprefix("KV_LAYOUT_").lower()
+
+
+def _memory_note(pool: pb.DescribePoolResponse) -> str:
+    """What there is to say of a pool in GPU memory."""
+    if pool.pool_memory != "cuda":
+        return ""
+    notes = ["in GPU memory"]
+    if pool.memory_is_absent:
+        notes.append("which no decoder has brought back since the manager's restart")
+    if pool.num_lost_pools:
+        notes.append(f"{pool.num_lost_pools} lost since the start, because no decoder that had its memory was alive")
+    return ", " + "; ".join(notes)
 
 
 def _hit_rate(stats: pb.StatsResponse) -> float | None:

@@ -27,7 +27,7 @@ _DECODER_FLAGS = (
     "reserve",
     "log_level",
 )
-_MANAGER_FLAGS = ("num_blocks", "pool_bytes", "block_size", "log_level")
+_MANAGER_FLAGS = ("num_blocks", "pool_bytes", "block_size", "pool_memory", "log_level")
 _STILL_WAITING_S = 15.0
 
 
@@ -49,6 +49,8 @@ def pool_folder(given: str | None) -> Iterator[Path]:
 
 def stack_config(args: argparse.Namespace, model: Path, pool_dir: Path) -> StackConfig:
     """What the flags of `up` start."""
+    if args.backend == "cuda" and args.pool_memory is None:
+        args.pool_memory = "cuda"
     return StackConfig(
         model=model,
         pool_dir=pool_dir,
