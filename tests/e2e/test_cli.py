@@ -107,7 +107,7 @@ def is_alive(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
-    with up("--num-blocks", "256") as started:
+    with up("--num-blocks", "256", "--kv-dtype", "int8", "--kv-layout", "nhd") as started:
         yield started
 
 
@@ -116,6 +116,8 @@ def test_generate_answers_and_every_block_is_free_again(running: Running) -> Non
     assert (done.returncode, done.stdout) == (0, "zebra-4821\n")
     status = running.status()
     assert status["num_blocks"] == 256
+    assert (status["kv_dtype"], status["kv_layout"]) == ("int8", "nhd")
+    assert "MiB, int8 nhd\n" in leasehold("status", "--kv-manager", running.manager).stdout
     assert status["leased"] == status["num_leases"] == 0
     assert status["leases"] == []
     assert [session["state"] for session in status["sessions"]] == ["live"]
