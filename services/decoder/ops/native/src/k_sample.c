@@ -4,7 +4,7 @@
 
 typedef float f32x4 __attribute__((vector_size(16)));
 typedef double f64x4 __attribute__((vector_size(32)));
-typedef int64_t i64x4 __attribute__((vector_size(32)));
+typedef uint64_t u64x4 __attribute__((vector_size(32)));
 
 int ISA(block_maxima)(const float *x, int64_t n, float *largest) {
     f32x8 zeros = f8_zero(); /* until something times zero is NaN */
@@ -49,8 +49,8 @@ INLINE void exponentials(f64x4 *x) {
     for (int j = 0; j < (int)(sizeof series / sizeof *series); j++)
         for (int i = 0; i < PAIR; i++) s[i] = s[i] * r[i] + series[j];
     for (int i = 0; i < PAIR; i++) {
-        i64x4 scaled = (i64x4)s[i] + ((i64x4)shifted[i] << 52);
-        x[i] = (f64x4)(scaled & (x[i] >= -700.0));
+        u64x4 scaled = (u64x4)s[i] + ((u64x4)shifted[i] << 52);
+        x[i] = (f64x4)(scaled & (u64x4)(x[i] >= -700.0));
     }
 }
 
