@@ -144,8 +144,9 @@ class Lessor:
         now = self._clock()
         gap = now - self._last_tick
         self._last_tick = now
-        if gap > max(1.0, self.config.ttl_s / 4):
-            # The manager itself was stopped or swapped out: nobody could be heard meanwhile.
+        if gap > self.config.ttl_s / 4:
+            # The manager itself was stopped or swapped out: nobody could be heard meanwhile. A shorter gap and the longest time
+            # between two keepalives, a fifth of the TTL, are far from a whole one.
             for session in self._sessions.values():
                 session.last_seen = now
         for session in self.sessions():

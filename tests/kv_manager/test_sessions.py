@@ -279,6 +279,23 @@ def test_after_a_gap_in_the_managers_own_loop_everyone_is_renewed(make_manager: 
     manager.check()
 
 
+@pytest.mark.parametrize("ttl_s", [1.0, 4.0, 60.0])
+def test_a_stop_of_the_manager_however_long_revokes_nobody_who_was_heard_just_before(
+    make_manager: MakeManager, ttl_s: float
+) -> None:
+    manager = make_manager(num_blocks=8, ttl_s=ttl_s)
+    session = manager.join()
+    for stop_s in (share / 10 * ttl_s for share in range(1, 31)):
+        manager.revoked(session)
+        manager.clock.advance(manager.lessor.tick_interval_s)
+        manager.lessor.tick()
+        manager.clock.advance(stop_s)
+        manager.lessor.tick()
+        assert session.state == LIVE
+    manager.pass_time(ttl_s + 0.3)
+    assert session.state == REVOKED
+
+
 def test_the_65th_worker_is_refused_and_a_freed_slot_is_used_again(make_manager: MakeManager) -> None:
     manager = make_manager(num_blocks=8)
     workers = [manager.worker(f"w{number}") for number in range(65)]
