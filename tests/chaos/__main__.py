@@ -1,4 +1,4 @@
-"""`python -m tests.chaos`: one line a seed on stdout; exit status 1 when a seed failed."""
+"""`python -m tests.chaos`: one line a seed on stdout; exit status 1 when a seed failed, 130 or 143 after a signal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -69,6 +70,24 @@ async def _run(args: argparse.Namespace, directory: Path, keep: Path) -> int:
     return 1 if failed else 0
 
 
+async def _until_signalled(args: argparse.Namespace, directory: Path, keep: Path) -> int:
+    """A signal ends the services first: each has a session of its own, so that nobody else would."""
+    running = asyncio.create_task(_run(args, directory, keep))
+    received: list[int] = []
+
+    def end(number: int) -> None:
+        received.append(number)
+        running.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, end, number)
+    try:
+        return await running
+    except asyncio.CancelledError:
+        print(f"ended by {signal.Signals(received[0]).name}", flush=True)
+        return 128 + received[0]
+
+
 def _sockets(directory: str, names: list[str]) -> set[str]:
     return {name for name in names if name.endswith(".sock")}
 
@@ -79,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     keep = args.keep or Path(tempfile.gettempdir()) / "leasehold-chaos-failed"
     with tempfile.TemporaryDirectory(prefix="chaos-") as directory:
-        return asyncio.run(_run(args, Path(directory), keep))
+        return asyncio.run(_until_signalled(args, Path(directory), keep))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ class Director:
     manager: ManagerView
     pace: Pace
     done: list[Fault] = field(default_factory=list)
+    stopped: set[str] = field(default_factory=set)
 
     async def run(self, streams: asyncio.Future[Any]) -> None:
         """Does faults until `streams` is done; whatever is stopped or down then is brought back."""
@@ -50,23 +51,42 @@ class Director:
             with suppress(grpc.aio.AioRpcError):  # it may be down
                 await (self.manager.flush() if fault.kind is Kind.FLUSH else self.manager.scrub())
             return
-        if fault.kind is Kind.PAUSE:
-            host.send(name, signal.SIGSTOP)
-            await self._while_it_lasts(fault)
-            host.send(name, signal.SIGCONT)
+        if fault.kind in (Kind.PAUSE, Kind.HANG, Kind.HANG_KILL):
+            before = await self.manager.stats() if name == MANAGER else None
+            self._stop(name)
+            await (self._while_it_lasts(fault) if fault.kind is Kind.PAUSE else self._past_the_ttl(name))
+        if fault.kind in (Kind.PAUSE, Kind.HANG):
+            self._go_on(name)
+            if before is not None:
+                await self._require_nobody_revoked(before.num_revoked)
             return
-        if fault.kind in (Kind.HANG, Kind.HANG_KILL):
-            host.send(name, signal.SIGSTOP)
-            await self._past_the_ttl(name)
-        if fault.kind is Kind.HANG:
-            host.send(name, signal.SIGCONT)
-            return
+        self.stopped.discard(name)
         if fault.kind is Kind.TERMINATE:
             await host.terminate(name)
         else:
             await host.kill(name)
         await self._while_it_lasts(fault)
         await host.start(name)
+
+    def _stop(self, name: str) -> None:
+        self.host.send(name, signal.SIGSTOP)
+        self.stopped.add(name)
+
+    def _go_on(self, name: str) -> None:
+        self.stopped.discard(name)
+        self.host.send(name, signal.SIGCONT)
+
+    async def _require_nobody_revoked(self, num_before: int) -> None:
+        """The manager's clock has made a leap, and nobody could be heard meanwhile: that is no decoder's silence."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + TTL_S
+        while not self.stopped:
+            stats = await self.manager.stats()
+            if loop.time() > end:  # by now a decoder may have been silent for long enough
+                return
+            revoked = 0 if stats is None else stats.num_revoked
+            assert revoked <= num_before, "a manager that was stopped revoked a decoder when it went on"
+            await asyncio.sleep(_POLL_S)
 
     async def _while_it_lasts(self, fault: Fault) -> None:
         with suppress(TimeoutError):

@@ -66,7 +66,9 @@ class Host:
         """Starts a process and returns before it serves: a decoder may have to wait for its manager."""
         processes = Processes(self.directory / f"{name}-life-{len(self._started)}")
         self._started.append(processes)
-        service = await asyncio.to_thread(self._spawn, processes, name)
+        service = self._spawn(
+            processes, name
+        )  # not on a thread: whoever cancels this finds it among the processes to end
         self.running[name] = service
         self.lives.append(service)
 

@@ -13,6 +13,7 @@ BLOCK_SIZES = (8, 16, 32)
 MAX_PROMPT = 90
 MAX_TOKENS = 70
 NUM_REQUESTS = 64
+MAX_SAMPLES = 3
 NUM_STREAMS = 24
 FEWEST_TOKENS = 4  # that a stream makes, or is credited with when it ends
 
@@ -72,7 +73,7 @@ class Plan:
 
 
 def requests() -> list[pb.GenerateRequest]:
-    """The requests that all seeds draw from: shared prefixes and repeats, greedy and sampled, with and without penalties."""
+    """The requests that all seeds draw from: shared prefixes, repeats, several samples, greedy or not, with and without penalties."""
     rng = random.Random(4)
     prefixes = [_tokens(rng, MAX_PROMPT - 10) for _ in range(4)]
     # The same blocks after other blocks: content that is the same and means another K/V.
@@ -98,7 +99,9 @@ def _request(rng: random.Random, prefix: list[int]) -> pb.GenerateRequest:
     if rng.random() < 0.3:  # what may come at any moment, or never
         stop.strings.extend(["e", "th", "\N{REPLACEMENT CHARACTER}" * 4])
         stop.token_ids.extend(_tokens(rng, 3))
-    return pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=sampling, stop=stop)
+    # Parallel samples: forks of one lease, which the smallest pools have to compute one after the other.
+    num_samples = rng.choice([1, 1, 1, 2, MAX_SAMPLES])
+    return pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling=sampling, stop=stop, n=num_samples)
 
 
 def make_plan(seed: int) -> Plan:
@@ -108,7 +111,8 @@ def make_plan(seed: int) -> Plan:
     most = -(-(MAX_PROMPT + MAX_TOKENS) // block_size)  # blocks of the longest request
     streams = tuple(_stream(rng, index) for index in range(NUM_STREAMS))
     all_requests = requests()
-    num_tokens = sum(all_requests[stream.request].stop.max_tokens for stream in streams)
+    asked = [all_requests[stream.request] for stream in streams]
+    num_tokens = sum(request.stop.max_tokens * request.n for request in asked)
     max_seqs = rng.choice([4, 8, 32])
     return Plan(
         seed=seed,

@@ -16,7 +16,7 @@ from tests.chaos.director import Director
 from tests.chaos.host import Host, ManagerView, Serving
 from tests.chaos.oracle import Expected
 from tests.chaos.plan import BLOCK_SIZES, DECODERS, FEWEST_TOKENS, MANAGER, Plan, StreamPlan, requests
-from tests.e2e.followed import Followed, Pace, follow
+from tests.e2e.followed import Followed, Pace, Sample, follow
 from tests.e2e.pool_files import check_pool_files, held_locks
 
 LIMIT_S = 120.0
@@ -36,6 +36,7 @@ class Report:
 
     plan: Plan
     num_streams: int = 0
+    num_samples: int = 0
     num_broken: int = 0
     num_resumed: int = 0
     num_exhausted: int = 0
@@ -53,7 +54,7 @@ class Report:
         what = f"FAILED: {self.problem}" if self.problem else "ok"
         return (
             f"seed {plan.seed}: {what} | {self.seconds:.1f} s, {plan.num_blocks} blocks of {plan.block_size},"
-            f" {self.num_streams} streams, broken {self.num_broken}, resumed {self.num_resumed}, exhausted"
+            f" {self.num_streams} streams of {self.num_samples} samples, broken {self.num_broken}, resumed {self.num_resumed}, exhausted"
             f" {self.num_exhausted}, cached {self.num_cached_tokens} tokens, quarantined {self.num_quarantined},"
             f" {', '.join(f'{name} {count}' for name, count in sorted(self.tally.items()))} | {faults}"
         )
@@ -64,7 +65,7 @@ class Run:
     """One seed's run, from its first process to its verdict."""
 
     host: Host
-    expected: Sequence[Expected]
+    expected: Sequence[Sequence[Expected]]
     report: Report
     on_progress: Callable[[str], None]
     pace: Pace = field(default_factory=Pace)
@@ -196,30 +197,25 @@ class Run:
 
     def _judge_streams(self) -> None:
         for index, plan in enumerate(self.host.plan.streams):
-            stream, expected = self.streams[index], self.expected[plan.request]
+            stream = self.streams[index]
             self.report.num_streams += 1
             self.report.num_broken += len(stream.broken)
             self.report.num_resumed += len(stream.resumed)
-            num_tokens = len(stream.token_ids)
-            where = f"stream {index} (request {plan.request}, {num_tokens} tokens, resumed {len(stream.resumed)} times)"
-            if stream.token_ids != expected.token_ids[:num_tokens]:
-                pairs = enumerate(zip(stream.token_ids, expected.token_ids, strict=False))
-                differs = next((i for i, (found, wanted) in pairs if found != wanted), len(expected.token_ids))
-                raise ChaosError(f"{where} differs from the undisturbed one from token {differs} on")
-            if not expected.text.startswith(stream.text):
-                raise ChaosError(f"{where} has another text: {stream.text!r}, not {expected.text!r}")
             if any(not resumed.exact for resumed in stream.resumed):
-                raise ChaosError(f"{where} was resumed inexactly")
-            if stream.finished is None:
-                if plan.cancel_at is None and plan.timeout_s is None:
+                raise ChaosError(f"stream {index} was resumed inexactly")
+            for sample_index, expected in enumerate(self.expected[plan.request]):
+                sample = stream.sample(sample_index)
+                where = (
+                    f"stream {index} (request {plan.request}, sample {sample_index} of"
+                    f" {len(self.expected[plan.request])}, {len(sample.token_ids)} tokens,"
+                    f" resumed {len(stream.resumed)} times)"
+                )
+                _judge_sample(where, sample, expected)
+                self.report.num_samples += 1
+                if sample.finished is not None:
+                    self.report.num_cached_tokens += sample.finished.num_cached_tokens
+                elif plan.cancel_at is None and plan.timeout_s is None:
                     raise ChaosError(f"{where} did not finish")
-                continue
-            self.report.num_cached_tokens += stream.finished.num_cached_tokens
-            if (stream.token_ids, stream.text) != (expected.token_ids, expected.text):
-                raise ChaosError(f"{where} is not whole")
-            ended = (stream.finished.reason, stream.finished.stop_string)
-            if ended != (expected.reason, expected.stop_string):
-                raise ChaosError(f"{where} ended with {ended}, not {expected.reason, expected.stop_string}")
 
     async def _stop_all(self) -> None:
         for name in (*DECODERS, MANAGER):
@@ -239,11 +235,29 @@ class Run:
             raise ChaosError(f"not every block is free in the files: {counts}")
 
 
+def _judge_sample(where: str, sample: Sample, expected: Expected) -> None:
+    """What came of it is the beginning of what it is undisturbed; finished, it is all of it."""
+    num_tokens = len(sample.token_ids)
+    if sample.token_ids != expected.token_ids[:num_tokens]:
+        pairs = enumerate(zip(sample.token_ids, expected.token_ids, strict=False))
+        differs = next((i for i, (found, wanted) in pairs if found != wanted), len(expected.token_ids))
+        raise ChaosError(f"{where} differs from the undisturbed one from token {differs} on")
+    if not expected.text.startswith(sample.text):
+        raise ChaosError(f"{where} has another text: {sample.text!r}, not {expected.text!r}")
+    if sample.finished is None:
+        return
+    if (sample.token_ids, sample.text) != (expected.token_ids, expected.text):
+        raise ChaosError(f"{where} is not whole")
+    ended = (sample.finished.reason, sample.finished.stop_string)
+    if ended != (expected.reason, expected.stop_string):
+        raise ChaosError(f"{where} ended with {ended}, not {expected.reason, expected.stop_string}")
+
+
 async def run_seed(
     plan: Plan,
     directory: Path,
     serving: Serving,
-    expected: Sequence[Expected],
+    expected: Sequence[Sequence[Expected]],
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """One seed; `problem` of the report says why it failed, if it did."""

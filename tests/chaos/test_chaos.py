@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from tests.chaos.host import Serving
 from tests.chaos.oracle import Expected, undisturbed, write_model
 from tests.chaos.plan import Kind, make_plan
 from tests.chaos.run import run_seed
+from tests.e2e.processes import ROOT, until
 
 QUICK = range(3)
 LONG = range(3, 23)
@@ -26,7 +30,7 @@ class Setting:
     """What all seeds share."""
 
     serving: Serving
-    expected: list[Expected]
+    expected: list[list[Expected]]
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +60,30 @@ def test_a_seed_always_means_the_same_plan_and_the_seeds_together_mean_every_fau
     plans = [make_plan(seed) for seed in LONG]
     assert plans == [make_plan(seed) for seed in LONG]
     assert {fault.kind for plan in plans for fault in plan.faults} == set(Kind)
+
+
+def _children(pid: int) -> set[int]:
+    """The processes that a process has started and that still run."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if int(parent) == pid and state != "Z":
+            found.add(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("number", "num_services"),
+    [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 3, marks=pytest.mark.slow)],  # while undisturbed; in a seed
+)
+def test_a_signal_ends_the_services_too(tmp_path: Path, number: signal.Signals, num_services: int) -> None:
+    command = (sys.executable, "-m", "tests.chaos", "--seeds", "0:100", "--keep", str(tmp_path))
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as harness:
+        until(lambda: len(_children(harness.pid)) >= num_services, "the harness has started its services")
+        services = _children(harness.pid)
+        harness.send_signal(number)
+        assert harness.wait(60) == 128 + number
+    assert not [pid for pid in services if Path(f"/proc/{pid}").exists()]

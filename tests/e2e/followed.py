@@ -39,8 +39,17 @@ class Pace:
 
 
 @dataclass
+class Sample:
+    """What one stream brought of one sample."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finished: Finished | None = None
+
+
+@dataclass
 class Followed:
-    """All that one stream brought."""
+    """All that one stream brought; of several samples, `token_ids` and `text` are as they came in."""
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
@@ -48,6 +57,11 @@ class Followed:
     finished: Finished | None = None  # None: cancelled by the test
     broken: list[StreamBroken] = field(default_factory=list)
     resumed: list[StreamResumed] = field(default_factory=list)
+    samples: dict[int, Sample] = field(default_factory=dict)  # by index
+
+    def sample(self, index: int) -> Sample:
+        """One sample; empty when nothing of it has come."""
+        return self.samples.setdefault(index, Sample())
 
     def take(self, event: Event) -> int:
         """Notes an event; the number of tokens in it."""
@@ -55,11 +69,15 @@ class Followed:
             case Tokens():
                 self.token_ids += event.token_ids
                 self.text += event.text
+                sample = self.sample(event.sample_index)
+                assert event.position == len(sample.token_ids), f"{event} after {len(sample.token_ids)} tokens"
+                sample.token_ids += event.token_ids
+                sample.text += event.text
                 return len(event.token_ids)
             case Started():
                 self.started = event
             case Finished():
-                self.finished = event
+                self.finished = self.sample(event.sample_index).finished = event
             case StreamBroken():
                 self.broken.append(event)
             case StreamResumed():
