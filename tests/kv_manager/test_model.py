@@ -48,12 +48,13 @@ class SafetyMachine(RuleBasedStateMachine):
         able = [process for process in self.world.processes.values() if process.is_alive and process.epoch is not None]
         return able[pick % len(able)] if able else None
 
-    def _table(self, pick: int) -> tuple[Process, int] | None:
+    def _table(self, pick: int, with_duplicates: bool = False) -> tuple[Process, int] | None:
         able = [
             (process, cache_id)
             for process in self.world.processes.values()
             if process.is_alive and process.epoch is not None
-            for cache_id in process.tables
+            for cache_id, table in process.tables.items()
+            if table.duplicates or not with_duplicates
         ]
         return able[pick % len(able)] if able else None
 
@@ -143,6 +144,33 @@ class SafetyMachine(RuleBasedStateMachine):
             self.world.send(process, "release", [cache_id], blocks)
             self._hurry(pick)
 
+    @rule(pick=_pick, symbol=st.integers(0, 1))
+    def follow_another(self, pick: int, symbol: int) -> None:
+        """One more block of a table takes the content that another has sealed, where there is one, and is a duplicate.
+
+        Those of before are given back first, so that one of their blocks may be the next duplicate of the same table. The answer to
+        that is late: until it is there, a copy of the call is none of the past.
+        """
+        found = (self._table(pick, with_duplicates=True) if pick % 4 else None) or self._table(pick)
+        if found is None:
+            return
+        process, cache_id = found
+        table = process.tables[cache_id]
+        if table.duplicates:
+            blocks = list(table.duplicates)
+            table.duplicates.clear()
+            self.world.send(process, "release", [cache_id], blocks)
+            self.world.deliver(self.world.network.pop())
+        if len(table.hashes) == len(table.blocks):
+            self.world.send(process, "extend", cache_id, len(table.blocks) + 1)
+            self._hurry(1)
+        pool = self.world.manager.lessor.pool
+        if pool is not None and len(table.hashes) < len(table.blocks):
+            parent = table.hashes[-1] if table.hashes else ROOT_HASH
+            known = [each for each in (0, 1) if pool.find(hash_of(parent, each)) is not None]
+            self.world.seal_next(process, cache_id, known[0] if known else symbol)
+            self._hurry(1)
+
     @rule(pick=_pick)
     def write(self, pick: int) -> None:
         living = [process for process in self.world.processes.values() if process.is_alive and process.writable()]
@@ -213,6 +241,26 @@ class SafetyMachine(RuleBasedStateMachine):
         if self.world.sent:
             back = 1 + pick % min(10, len(self.world.sent))
             self.world.deliver(self.world.sent[-back])
+
+    @rule(pick=_pick)
+    def deliver_a_copy_of_what_is_answered(self, pick: int) -> None:
+        """A copy that only the manager's own memory tells from a new call: its sequence number is not acknowledged yet."""
+        acknowledged = {
+            session.worker.worker_id: (session.epoch, session.acked_seq)
+            for session in self.world.manager.lessor.sessions()
+        }
+        kinds = (("acquire", True), ("fork", True), ("release", True), ("release", False))
+        kind, is_whole = kinds[pick % 4]
+        copies = [
+            call
+            for call in self.world.sent
+            if call.kind == kind
+            and (kind != "release" or not call.arguments[1]) == is_whole
+            and call not in self.world.network
+            and (call.epoch, call.seq) > acknowledged.get(call.process.worker.worker_id, (call.epoch + 1, 0))
+        ]
+        if copies:
+            self.world.deliver(copies[pick // 4 % len(copies)])
 
     @rule()
     def deliver_in_order(self) -> None:
