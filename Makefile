@@ -11,7 +11,7 @@ help:
 	@echo 'make demo       set up, start both services with the bundled model, chat, 32 concurrent requests, stop'
 	@echo 'make test       set up, lint, types, tests (ten minutes at most on two cores)'
 	@echo 'make test-long  the slow rest: the whole parity matrix, the whole demo-model check'
-	@echo 'make gpu        check and time the cuda backend; without a GPU, say what was skipped'
+	@echo 'make gpu        check and time the cuda backend and the services on it; without a GPU, say what was skipped'
 	@echo 'make stubs      generate protos/*_pb2* anew from the .proto files'
 	@echo 'make clean      remove .venv and caches'
 
@@ -52,6 +52,7 @@ test-long: $(READY)
 gpu: $(READY)
 	@! command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install --quiet --editable '.[decoder-cuda]'
 	$(BIN)/python -m tests.bench.gpu
+	$(BIN)/python -m tests.bench.gpu_services
 
 stubs: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m protos.generate

@@ -73,7 +73,7 @@ class Service:
                     found.append(entry)
         return found
 
-    def wait_serving(self) -> None:
+    def wait_serving(self, deadline_s: float = DEADLINE_S) -> None:
         """Returns when its health is SERVING; raises AssertionError with its log when it ends before."""
 
         def serves() -> bool:
@@ -84,7 +84,7 @@ class Service:
                 self.address = serving[-1]["address"] if serving else ""
             return bool(self.address) and is_serving(self.address, self.service_name, 5.0)
 
-        until(serves, f"{self.service_name} serves")
+        until(serves, f"{self.service_name} serves", deadline_s)
 
     def wait_exit(self, deadline_s: float = DEADLINE_S) -> int:
         """Its exit code; negative for a signal."""
