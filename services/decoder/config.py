@@ -162,6 +162,14 @@ def resolve_kv_dtype(requested: str, checkpoint_dtype: str, backend: str = "", p
     return checkpoint_dtype if requested == "auto" else requested
 
 
+def check_kv(kv_dtype: str, kv_layout: str, backend: str, precision: str) -> None:
+    """Raises ConfigError for K/V that the backend's kernels do not read, before anything is loaded."""
+    if backend == "cuda" and kv_dtype == "int8":
+        raise ConfigError("--kv-dtype: the cuda backend has no int8 K/V; use bf16, or --backend mlx or native")
+    if (backend, precision, kv_layout) == ("cuda", "fast", "nhd"):
+        raise ConfigError("--kv-layout: the fast cuda kernels take hnd only; use hnd, or --precision exact")
+
+
 def _why_no_native() -> str:
     """Empty when the native backend can be used."""
     if platform.system() != "Linux":

@@ -21,6 +21,7 @@ from services import serving
 from services.decoder.chat_template import load_chat_template
 from services.decoder.config import (
     DecoderConfig,
+    check_kv,
     resolve_backend,
     resolve_kv_capacity,
     resolve_kv_dtype,
@@ -90,6 +91,7 @@ class DecoderService:
         precision = resolve_precision(config.precision, backend, model_config.kv_dtype)
         kv_capacity = resolve_kv_capacity(config.kv_capacity, model_config.max_position_embeddings)
         kv_dtype = resolve_kv_dtype(config.kv_dtype, model_config.kv_dtype, backend, precision)
+        check_kv(kv_dtype, config.kv_layout, backend, precision)
         tokenizer = await _in_thread(lambda: load_tokenizer(config.model, model_config.vocab_size))
         template = load_chat_template(config.model, tokenizer.special_tokens)
 

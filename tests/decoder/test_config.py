@@ -135,3 +135,18 @@ def test_mlx_is_always_exact() -> None:
     assert config.resolve_precision(None, "mlx", "bf16") == "exact"
     with pytest.raises(ConfigError, match=r"--precision: fast needs --backend native"):
         config.resolve_precision("fast", "mlx", "bf16")
+
+
+def test_s13_s20_k_v_that_the_gpus_kernels_do_not_read_is_refused_by_name() -> None:
+    for backend, precision in (("native", "fast"), ("mlx", "exact"), ("cuda", "exact")):
+        config.check_kv("bf16", "nhd", backend, precision)
+    config.check_kv("int8", "nhd", "native", "fast")
+    with pytest.raises(ConfigError, match=r"^--kv-dtype: .* no int8"):
+        config.check_kv("int8", "hnd", "cuda", "exact")
+    with pytest.raises(ConfigError, match=r"^--kv-layout: .* hnd only"):
+        config.check_kv("bf16", "nhd", "cuda", "fast")
+
+
+def test_the_dtype_of_k_v_is_the_checkpoints_unless_given() -> None:
+    assert config.resolve_kv_dtype("auto", "bf16") == "bf16"
+    assert config.resolve_kv_dtype("int8", "bf16") == "int8"

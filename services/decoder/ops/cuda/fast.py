@@ -31,6 +31,7 @@ class FastKernels:
 
     name = "bf16"
     kv_dtypes: tuple[str, ...] = ("bf16",)
+    kv_layouts: tuple[str, ...] = ("hnd",)
     revision = source.kernel_revision(source.FAST_FILES)
 
     def load_embedding(self, table: LinearTensors) -> CudaLinear:

@@ -44,6 +44,7 @@ class KernelSet(Protocol):
 
     name: str  # of what its activations are rounded to
     kv_dtypes: tuple[str, ...]
+    kv_layouts: tuple[str, ...]
     revision: str  # changes whenever the kernels' text does
 
     def load_embedding(self, table: LinearTensors) -> Handle: ...
@@ -144,6 +145,11 @@ class CudaOps:
                 "the cuda backend needs a pool in GPU memory; start the manager with --pool-memory cuda"
             )
         self.check_kv_dtype(kv.kv_dtype)
+        if kv.shape.layout not in self.kernels.kv_layouts:
+            raise EngineFailedError(
+                f"--kv-layout: the cuda backend's {self.kernels.name} kernels do not take {kv.shape.layout}; use "
+                f"{' or '.join(self.kernels.kv_layouts)}, or --precision exact"
+            )
         step = CudaStep(batch, cast(DevicePool, kv))
         if self._program:
             self._launch(self._program, step)

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from protos.pool_format import LAYOUTS
 from services.decoder.ops.base import (
     AttentionShape,
     AttentionTensors,
@@ -97,6 +98,7 @@ class PlainKernels:
 
     name = "f32"
     kv_dtypes: tuple[str, ...] = tuple(KV_KINDS)
+    kv_layouts: tuple[str, ...] = LAYOUTS
     revision = source.kernel_revision(source.PLAIN_FILES)
 
     def load_embedding(self, table: LinearTensors) -> PlainLinear:
