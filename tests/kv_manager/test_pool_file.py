@@ -9,6 +9,7 @@ import shutil
 import stat
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from protos import kv_manager_pb2 as pb
 from protos.pool_format import DataHeader
 from services.kv_manager.block_pool import BlockState
 from services.kv_manager.errors import LockProofError, PoolFileError, PoolMismatchError, PoolSizeError, StorageFullError
+from services.kv_manager.geometry import Geometry
 from services.kv_manager.pool_file import find_pool
 from services.kv_manager.translate import registration
 from tests.kv_manager.helpers import Manager, chain_of, geometry
@@ -78,6 +80,14 @@ def test_s14_s15_the_geometry_is_fixed_by_the_first_registration(
         assert caught.value.metadata == {"differing_fields": named}
         manager.crash_and_restart()
     manager.check()
+
+
+@pytest.mark.parametrize("field", ["kv_dtype", "layout"])
+def test_a_superblock_with_a_dtype_or_layout_of_a_later_version_is_refused(field: str) -> None:
+    known = Geometry((0, 1), 2, 8, 0, "int8", "nhd", bytes(32))
+    assert Geometry.from_json(known.to_json()) == known
+    with pytest.raises(PoolFileError, match=r"x9.* unknown to this version"):
+        Geometry.from_json(replace(known, **{field: "x9"}).to_json())
 
 
 def test_pool_bytes_below_one_block_are_refused_by_name(make_manager: MakeManager) -> None:
