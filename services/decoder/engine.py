@@ -388,11 +388,11 @@ class Engine:
         events, self._events = self._events, []
         if not events:
             return
+        # Whoever hears of an end may use the id again at once; what comes of it then is emitted after this.
+        ended = {request_id for request_id, event in events if isinstance(event, (Finished, Failed))}
+        with self._lock:
+            self._request_ids -= ended
         try:
             self._emit(events)
         except Exception:
             _log.exception("emit_failed", num_events=len(events))
-        # Only now may an id be used again: its last event is out.
-        ended = {request_id for request_id, event in events if isinstance(event, (Finished, Failed))}
-        with self._lock:
-            self._request_ids -= ended

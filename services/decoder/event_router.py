@@ -20,6 +20,7 @@ class EventRouter:
         # None: nobody listens any more, but the engine has not ended the request yet. The id stays taken until then, so that a late
         # event cannot reach another request of the same id.
         self._queues: dict[str, EventQueue | None] = {}
+        self._some_ended = asyncio.Event()  # replaced by another each time
 
     def emit(self, events: Sequence[tuple[str, Event]]) -> None:
         """Called by the engine's thread once a step: one wake-up of the loop, however many requests there are."""
@@ -47,6 +48,11 @@ class EventRouter:
         self._queues[request_id] = None
         return True
 
+    async def until_ended(self, sample_ids: Sequence[str]) -> None:
+        """Returns when the engine has ended all of these, and their ids are free."""
+        while any(sample_id in self._queues for sample_id in sample_ids):
+            await self._some_ended.wait()
+
     def _deliver(self, events: Sequence[tuple[str, Event]]) -> None:
         for request_id, event in events:
             queue = self._queues.get(request_id)
@@ -54,6 +60,9 @@ class EventRouter:
                 queue.put_nowait((request_id, event))
             if isinstance(event, (Finished, Failed)):
                 self._queues.pop(request_id, None)
+                self._some_ended.set()
+        if self._some_ended.is_set():
+            self._some_ended = asyncio.Event()
 
 
 async def next_events(queue: EventQueue) -> dict[str, list[Event]]:

@@ -130,6 +130,8 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
                 **({} if len(sample_ids) == 1 else {"num_samples": len(sample_ids)}),
             )
         if stream.error is not None:
+            # Its other samples end at the next step boundary: whoever asks again at once must find the id free.
+            await self._router.until_ended(sample_ids)
             await _abort_call(context, stream.error)
 
     def _end_samples(self, sample_ids: Iterable[str]) -> None:
