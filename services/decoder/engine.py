@@ -190,6 +190,8 @@ class Engine:
         self._loaded.set_result(loaded)
         stepped = False
         while True:
+            if not stepped:
+                self._flush()
             self._drain(block=not stepped)
             if self._drain_deadline is not None and self._is_drained(self._drain_deadline):
                 break
@@ -216,7 +218,6 @@ class Engine:
                 self._fail_all(failure)
         finally:
             self._busy_since = None
-            self._flush()
             self.meter.end()
         return bool(chunks)
 
@@ -227,6 +228,9 @@ class Engine:
         batch = self._buffers.fill(chunks, self._scheduler.block_size)
         meter.note_batch(chunks, len(batch.sample_rows))
         step = model.begin(batch, self._kv)
+        # What the step before brought goes out now, not at its end: the streams' thread would take the interpreter from this one while
+        # nothing computes.
+        self._flush()
         meter.mark("fill")
         sampled = model.forward(step)
         meter.mark("forward")

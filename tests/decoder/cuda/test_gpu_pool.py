@@ -19,6 +19,7 @@ from services.cuda_memory import CudaError
 from services.kv_manager.cuda_pool import GpuDataFile, GpuProbe, GpuStorage, HandOver, cuda_memory
 from services.kv_manager.locks import prepare_pool_dir
 from services.kv_manager.meta_format import WorkerRecord
+from services.kv_manager.sessions import LIVE
 
 HEADER = DataHeader(bytes(range(16)), 64, BlockShape(4, 4, 16, 128, 2))
 BLOCK = bytes(range(256)) * (HEADER.shape.block_bytes // 256)
@@ -80,7 +81,7 @@ async def _outlive(
 
 def _serve(pool_dir: Path, data: GpuDataFile, worker: WorkerRecord) -> tuple[HandOver, GpuProbe]:
     probe = GpuProbe(pool_dir, worker)
-    session: Any = SimpleNamespace(probe=probe)
+    session: Any = SimpleNamespace(probe=probe, worker=worker, state=LIVE)
     hand_over = HandOver(pool_dir, lambda _: session, lambda: data)
     hand_over.start()
     return hand_over, probe
