@@ -40,6 +40,7 @@ static int linear(const kernels *best, const kernels *plain, int format, int gro
     static float act[TOKENS][COLS], sums[TOKENS][COLS], out[2][TOKENS * ROWS];
     int64_t bytes = format == FORMAT_Q4 ? cols / 2 : format == FORMAT_Q8 ? cols : format == FORMAT_F32 ? 4 * cols : 2 * cols;
     int quantised = format >= FORMAT_Q4, bad = 0;
+    const next_rows next = {weight, (uint8_t *)scales, (uint8_t *)biases};
     matrix m = {.weight = weight, .scales = (uint8_t *)scales, .biases = (uint8_t *)biases, .rows = ROWS, .cols = cols,
                 .row_bytes = bytes, .scale_row_bytes = cols / group * 2, .format = format, .scale_format = FORMAT_F16,
                 .group_size = group};
@@ -51,7 +52,7 @@ static int linear(const kernels *best, const kernels *plain, int format, int gro
                 if (fast) k->quantise(x[t], cols, format, group, q[t], act[t], sums[t]);
                 tokens[t] = (activation){x[t], q[t], act[t], sums[t]};
             }
-            (fast ? k->rows_fast : k->rows_exact)(&m, 0, ROWS, tokens, TOKENS, out[which], ROWS);
+            (fast ? k->rows_fast : k->rows_exact)(&m, 0, ROWS, tokens, TOKENS, out[which], ROWS, fast ? &next : NULL);
         }
         char name[64];
         snprintf(name, sizeof name, "linear-%d-%d-%d-%d", format, group, cols, fast);

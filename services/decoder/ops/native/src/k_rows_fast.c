@@ -5,12 +5,12 @@
 #include "kernels.h"
 #include "simd.h"
 
-enum { ROWS = 4, TOKENS = 4, MAX_GROUPS = MAX_COLS / MIN_GROUP, AHEAD_BYTES = 8192 };
+enum { ROWS = 2, TOKENS = 4, MAX_GROUPS = MAX_COLS / MIN_GROUP, LINE = 64 };
 
 /* Weight scale times activation scale for every unit: the columns that share one scale, half a chunk where groups are that
  * small, else a chunk. */
 typedef struct {
-    float product[TOKENS][ROWS][MAX_GROUPS];
+    float product[TOKENS][ROWS][MAX_GROUPS + 24]; /* not a power of two apart: those would share a set of the cache */
 } tile_scales;
 
 /* Scales i .. i + 7 of n, zeros beyond n. Nothing behind them is read. */
@@ -56,14 +56,14 @@ INLINE f32x8 chunk_scale(const int GROUP, const float *product, int64_t chunk) {
 }
 
 INLINE void q4_tile(const int R, const int T, const int GROUP, const uint8_t *weight, int64_t row_bytes, int64_t cols,
-                    const tile_scales *s, const activation *tokens, f32x8 (*acc)[ROWS]) {
+                    const tile_scales *s, const activation *tokens, const uint8_t *next, f32x8 (*acc)[ROWS]) {
     int64_t chunks = cols / 64;
     bytes32 low[ROWS], high[ROWS];
     for (int64_t c = 0; c < chunks; c++) {
         UNROLL for (int r = 0; r < R; r++) {
             const uint8_t *at = weight + r * row_bytes + c * 32;
             bytes32 w = b32_load(at);
-            prefetch(at + AHEAD_BYTES);
+            if (r == 0) prefetch(next + (R == ROWS ? c * LINE : c * LINE / 2)); /* half a line a row and chunk */
             low[r] = b32_low_nibbles(w);
             high[r] = b32_high_nibbles(w);
         }
@@ -86,13 +86,13 @@ INLINE void q4_tile(const int R, const int T, const int GROUP, const uint8_t *we
 }
 
 INLINE void q8_tile(const int R, const int T, const int GROUP, const uint8_t *weight, int64_t row_bytes, int64_t cols,
-                    const tile_scales *s, const activation *tokens, f32x8 (*acc)[ROWS]) {
+                    const tile_scales *s, const activation *tokens, const uint8_t *next, f32x8 (*acc)[ROWS]) {
     int64_t chunks = cols / 64;
     for (int64_t c = 0; c < chunks; c++) {
         UNROLL for (int r = 0; r < R; r++) {
             const uint8_t *at = weight + r * row_bytes + c * 64;
             bytes32 w0 = b32_to_signed(b32_load(at)), w1 = b32_to_signed(b32_load(at + 32));
-            prefetch(at + AHEAD_BYTES);
+            prefetch(next + (r * chunks + c) * LINE);
             UNROLL for (int t = 0; t < T; t++) {
                 bytes32 a0 = b32_load(tokens[t].q + c * 64), a1 = b32_load(tokens[t].q + c * 64 + 32);
                 const float *product = s->product[t][r];
@@ -116,14 +116,18 @@ INLINE void q8_tile(const int R, const int T, const int GROUP, const uint8_t *we
 }
 
 INLINE void tile(const int FORMAT, const int R, const int T, const int GROUP, const matrix *m, int64_t first,
-                 const activation *tokens, float *out, int64_t out_stride, tile_scales *s) {
+                 const activation *tokens, float *out, int64_t out_stride, tile_scales *s, next_rows next) {
     const uint8_t *weight = m->weight + first * m->row_bytes;
     f32x8 acc[TOKENS][ROWS];
+    for (int64_t i = 0; i < R * m->scale_row_bytes; i += LINE) {
+        prefetch(next.scales + i);
+        prefetch(next.biases + i);
+    }
     UNROLL for (int r = 0; r < R; r++) begin_row(FORMAT, T, GROUP, m, first + r, r, tokens, s, acc);
     if (FORMAT == FORMAT_Q4) {
-        q4_tile(R, T, GROUP, weight, m->row_bytes, m->cols, s, tokens, acc);
+        q4_tile(R, T, GROUP, weight, m->row_bytes, m->cols, s, tokens, next.weight, acc);
     } else {
-        q8_tile(R, T, GROUP, weight, m->row_bytes, m->cols, s, tokens, acc);
+        q8_tile(R, T, GROUP, weight, m->row_bytes, m->cols, s, tokens, next.weight, acc);
     }
     UNROLL for (int t = 0; t < T; t++)
         UNROLL for (int r = 0; r < R; r++) out[t * out_stride + r] = f8_sum(acc[t][r]);
@@ -131,45 +135,48 @@ INLINE void tile(const int FORMAT, const int R, const int T, const int GROUP, co
 
 /* R rows by up to four tokens: accumulators stay in registers. */
 INLINE void tokens_tile(const int FORMAT, const int R, const int GROUP, const matrix *m, int64_t first,
-                        const activation *tokens, int64_t n, float *out, int64_t out_stride, tile_scales *s) {
+                        const activation *tokens, int64_t n, float *out, int64_t out_stride, tile_scales *s,
+                        next_rows next) {
     if (n == 1) {
-        tile(FORMAT, R, 1, GROUP, m, first, tokens, out, out_stride, s);
+        tile(FORMAT, R, 1, GROUP, m, first, tokens, out, out_stride, s, next);
     } else if (n == 2) {
-        tile(FORMAT, R, 2, GROUP, m, first, tokens, out, out_stride, s);
+        tile(FORMAT, R, 2, GROUP, m, first, tokens, out, out_stride, s, next);
     } else if (n == 3) {
-        tile(FORMAT, R, 3, GROUP, m, first, tokens, out, out_stride, s);
+        tile(FORMAT, R, 3, GROUP, m, first, tokens, out, out_stride, s, next);
     } else {
-        tile(FORMAT, R, 4, GROUP, m, first, tokens, out, out_stride, s);
+        tile(FORMAT, R, 4, GROUP, m, first, tokens, out, out_stride, s, next);
     }
 }
 
+INLINE next_rows rows_behind(const matrix *m, next_rows from, int64_t rows) {
+    int64_t scales = rows * m->scale_row_bytes;
+    return (next_rows){from.weight + rows * m->row_bytes, from.scales + scales, from.biases + scales};
+}
+
 INLINE void all_rows(const int FORMAT, const int GROUP, const matrix *m, int64_t first, int64_t num_rows,
-                     const activation *tokens, int64_t num_tokens, float *out, int64_t out_stride) {
+                     const activation *tokens, int64_t num_tokens, float *out, int64_t out_stride,
+                     const next_rows *next) {
     tile_scales s;
-    for (int64_t t = 0; t < num_tokens; t += TOKENS) {
+    /* Without a next, and in all but the first pass over the rows, what is fetched is here already. */
+    const next_rows start = {m->weight, m->scales, m->biases}, own = rows_behind(m, start, first);
+    for (int64_t t = 0; t < num_tokens; t += TOKENS, next = NULL) {
+        const next_rows from = next ? *next : own;
         int64_t n = num_tokens - t < TOKENS ? num_tokens - t : TOKENS, r = 0;
         const activation *a = tokens + t;
         float *o = out + t * out_stride;
-        for (; n <= 2 && r + 4 <= num_rows; r += 4) {
-            if (n == 1) {
-                tile(FORMAT, 4, 1, GROUP, m, first + r, a, o + r, out_stride, &s);
-            } else {
-                tile(FORMAT, 4, 2, GROUP, m, first + r, a, o + r, out_stride, &s);
-            }
-        }
-        for (; r + 2 <= num_rows; r += 2) {
-            tokens_tile(FORMAT, 2, GROUP, m, first + r, a, n, o + r, out_stride, &s);
+        for (; r + ROWS <= num_rows; r += ROWS) {
+            tokens_tile(FORMAT, ROWS, GROUP, m, first + r, a, n, o + r, out_stride, &s, rows_behind(m, from, r));
         }
         if (r < num_rows) {
-            tokens_tile(FORMAT, 1, GROUP, m, first + r, a, n, o + r, out_stride, &s);
+            tokens_tile(FORMAT, 1, GROUP, m, first + r, a, n, o + r, out_stride, &s, rows_behind(m, from, r));
         }
     }
 }
 
 #define INSTANCE(name, format, group)                                                                             \
     static void name(const matrix *m, int64_t first, int64_t num_rows, const activation *tokens, int64_t num_tokens, \
-                     float *out, int64_t out_stride) {                                                             \
-        all_rows(format, group, m, first, num_rows, tokens, num_tokens, out, out_stride);                         \
+                     float *out, int64_t out_stride, const next_rows *next) {                                      \
+        all_rows(format, group, m, first, num_rows, tokens, num_tokens, out, out_stride, next);                   \
     }
 INSTANCE(q4_g32, FORMAT_Q4, 32)
 INSTANCE(q4_g64, FORMAT_Q4, 64)
@@ -179,10 +186,10 @@ INSTANCE(q8_g64, FORMAT_Q8, 64)
 INSTANCE(q8_g128, FORMAT_Q8, 128)
 
 void ISA(rows_fast)(const matrix *m, int64_t first, int64_t num_rows, const activation *tokens, int64_t num_tokens,
-                    float *out, int64_t out_stride) {
+                    float *out, int64_t out_stride, const next_rows *next) {
     static rows_kernel *const instances[2][3] = {{q4_g32, q4_g64, q4_g128}, {q8_g32, q8_g64, q8_g128}};
     int group = m->group_size == 32 ? 0 : m->group_size == 64 ? 1 : 2;
-    instances[m->format == FORMAT_Q8][group](m, first, num_rows, tokens, num_tokens, out, out_stride);
+    instances[m->format == FORMAT_Q8][group](m, first, num_rows, tokens, num_tokens, out, out_stride, next);
 }
 
 void ISA(quantise)(const float *x, int64_t cols, int format, int64_t group_size, int8_t *q, float *scale, float *sum) {

@@ -36,9 +36,15 @@ typedef struct {
     const float *scale, *sum;
 } activation;
 
-/* out[t * out_stride + r] = dot(row first + r, tokens[t]) for r < num_rows, t < num_tokens. */
+/* Where the rows begin that this thread multiplies next. A kernel fetches them into the cache while it computes, at the pace
+ * at which it uses its own, which the call before has fetched: memory never waits for arithmetic, nor the other way. */
+typedef struct {
+    const uint8_t *weight, *scales, *biases;
+} next_rows;
+
+/* out[t * out_stride + r] = dot(row first + r, tokens[t]) for r < num_rows, t < num_tokens. `next` may be NULL. */
 typedef void rows_kernel(const matrix *m, int64_t first, int64_t num_rows, const activation *tokens, int64_t num_tokens,
-                         float *out, int64_t out_stride);
+                         float *out, int64_t out_stride, const next_rows *next);
 
 /* Attention of some consecutive rows of one sequence, on the heads that share one K/V head. */
 typedef struct {

@@ -11,6 +11,11 @@ int same_activations(const context *c, const matrix *a, const matrix *b) {
     return !is_fast(c, a) || (a->format == b->format && a->group_size == b->group_size);
 }
 
+next_rows rows_from(const matrix *m, int64_t first) {
+    int64_t scales = first * m->scale_row_bytes;
+    return (next_rows){m->weight + first * m->row_bytes, m->scales + scales, m->biases + scales};
+}
+
 rows_kernel *kernel_of(const context *c, const matrix *m) { return is_fast(c, m) ? c->k->rows_fast : c->k->rows_exact; }
 
 int64_t rows_per_item(const matrix *m) {
@@ -70,26 +75,34 @@ static void add_bias(const matrix *m, int64_t first, int64_t rows, float *out, i
         for (int64_t r = 0; r < rows; r++) out[t * stride + r] += m->out_bias[first + r];
 }
 
-static void project_item(void *arg, int64_t item, int member) {
-    project_job *job = arg;
-    (void)member;
+/* The projection that an item belongs to, and its first row there. */
+static const projection *find_item(const project_job *job, int64_t item, int64_t *first) {
     int p = 0;
     while (item >= job->first_item[p + 1]) p++;
-    const projection *to = job->projections + p;
+    *first = (item - job->first_item[p]) * rows_per_item(job->projections[p].m);
+    return job->projections + p;
+}
+
+static void project_item(void *arg, int64_t item, int member) {
+    project_job *job = arg;
+    int64_t first, next_first, next_item = team_next(job->c->team, member);
+    const projection *to = find_item(job, item, &first), *after = next_item < 0 ? NULL : find_item(job, next_item, &next_first);
     const matrix *m = to->m;
-    int64_t step = rows_per_item(m), first = (item - job->first_item[p]) * step;
-    int64_t rows = m->rows - first < step ? m->rows - first : step;
+    int64_t step = rows_per_item(m), rows = m->rows - first < step ? m->rows - first : step;
     rows_kernel *kernel = kernel_of(job->c, m);
+    next_rows ahead = after ? rows_from(after->m, next_first) : (next_rows){0}, *next = after ? &ahead : NULL;
     for (int64_t t = 0; t < job->a.num_rows; t += TOKEN_BLOCK) {
         int64_t tokens = job->a.num_rows - t < TOKEN_BLOCK ? job->a.num_rows - t : TOKEN_BLOCK;
         float *out = to->out + t * to->out_stride + first;
         if (!to->add) {
-            kernel(m, first, rows, job->a.rows + t, tokens, out, to->out_stride);
+            kernel(m, first, rows, job->a.rows + t, tokens, out, to->out_stride, next);
+            next = NULL;
             add_bias(m, first, rows, out, to->out_stride, tokens);
             continue;
         }
         float part[TOKEN_BLOCK * MAX_ITEM_ROWS];
-        kernel(m, first, rows, job->a.rows + t, tokens, part, rows);
+        kernel(m, first, rows, job->a.rows + t, tokens, part, rows, next);
+        next = NULL;
         add_bias(m, first, rows, part, rows, tokens);
         for (int64_t i = 0; i < tokens; i++)
             for (int64_t r = 0; r < rows; r++) out[i * to->out_stride + r] += part[i * rows + r];

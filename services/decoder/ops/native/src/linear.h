@@ -14,6 +14,8 @@ typedef struct {
 int is_fast(const context *c, const matrix *m);
 /* Whether activations prepared for a serve b as well. */
 int same_activations(const context *c, const matrix *a, const matrix *b);
+/* Row `first` of m and those behind it. */
+next_rows rows_from(const matrix *m, int64_t first);
 rows_kernel *kernel_of(const context *c, const matrix *m);
 /* Rows of m for one item of work: enough bytes to stream, few enough to stay in the second-level cache. */
 int64_t rows_per_item(const matrix *m);

@@ -112,12 +112,19 @@ static void gate_up_item(void *arg, int64_t item, int member) {
     int64_t first = item % job->items_per_expert * GATE_ROWS, width = l->intermediate_size;
     int64_t rows = width - first < GATE_ROWS ? width - first : GATE_ROWS;
     float up[TOKEN_BLOCK * GATE_ROWS];
-    (void)member;
+    int64_t after = team_next(job->c->team, member);
+    int32_t next_expert = after < 0 ? e : job->r->active[after / job->items_per_expert];
+    next_rows own_up = rows_from(l->up + e, first);
+    /* The last item's thread goes on to the first rows of `down`, whoever that is. */
+    next_rows then = after < 0 ? rows_from(l->down + job->r->active[0], 0)
+                               : rows_from(l->gate + next_expert, after % job->items_per_expert * GATE_ROWS);
+    int is_first = 1;
     for (int64_t p = job->r->first[e]; p < job->r->first[e + 1]; p += TOKEN_BLOCK) {
         int64_t n = job->r->first[e + 1] - p < TOKEN_BLOCK ? job->r->first[e + 1] - p : TOKEN_BLOCK;
         float *gate = job->gated + p * width + first;
-        kernel_of(job->c, l->gate + e)(l->gate + e, first, rows, job->acts + p, n, gate, width);
-        kernel_of(job->c, l->up + e)(l->up + e, first, rows, job->acts + p, n, up, rows);
+        kernel_of(job->c, l->gate + e)(l->gate + e, first, rows, job->acts + p, n, gate, width, is_first ? &own_up : NULL);
+        kernel_of(job->c, l->up + e)(l->up + e, first, rows, job->acts + p, n, up, rows, is_first ? &then : NULL);
+        is_first = 0;
         for (int64_t i = 0; i < n; i++) job->c->k->silu_mul(gate + i * width, up + i * rows, rows);
     }
 }
@@ -129,10 +136,16 @@ static void down_item(void *arg, int64_t item, int member) {
     const matrix *m = l->down + e;
     int64_t first = item % job->items_per_expert * job->rows_per_item;
     int64_t rows = m->rows - first < job->rows_per_item ? m->rows - first : job->rows_per_item;
-    (void)member;
+    int64_t after = team_next(job->c->team, member);
+    next_rows then = {0}, *next = after < 0 ? NULL : &then;
+    if (next) {
+        int32_t next_expert = job->r->active[after / job->items_per_expert];
+        then = rows_from(l->down + next_expert, after % job->items_per_expert * job->rows_per_item);
+    }
     for (int64_t p = job->r->first[e]; p < job->r->first[e + 1]; p += TOKEN_BLOCK) {
         int64_t n = job->r->first[e + 1] - p < TOKEN_BLOCK ? job->r->first[e + 1] - p : TOKEN_BLOCK;
-        kernel_of(job->c, m)(m, first, rows, job->acts + p, n, job->out + p * l->hidden_size + first, l->hidden_size);
+        kernel_of(job->c, m)(m, first, rows, job->acts + p, n, job->out + p * l->hidden_size + first, l->hidden_size, next);
+        next = NULL;
     }
 }
 

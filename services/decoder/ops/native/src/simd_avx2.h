@@ -115,6 +115,6 @@ static inline f32x8 dot_bytes2(bytes32 w0, bytes32 a0, bytes32 w1, bytes32 a1) {
 static inline f32x8 f8_halves(float a, float b) { return _mm256_set_m128(_mm_set1_ps(b), _mm_set1_ps(a)); }
 
 /* Macros: GCC takes a function that only prefetches for one without effect, and drops its calls. */
-#define prefetch(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
+#define prefetch(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
 
 #endif

@@ -21,6 +21,7 @@ enum { SPINS = 2000, CACHE_LINE = 64 };
 typedef struct {
     struct team *team;
     int member;
+    _Alignas(CACHE_LINE) int64_t next; /* what it runs after the item at hand, or -1 */
 } worker;
 
 struct team {
@@ -42,14 +43,17 @@ struct team {
     atomic_int caller_sleeps;
 };
 
+static int64_t claim(team *t) { return atomic_fetch_add_explicit(&t->next, 1, memory_order_relaxed); }
+
 static void take_items(team *t, int member) {
     loop_body body = t->body;
     void *arg = t->arg;
-    int64_t items = t->items;
-    for (;;) {
-        int64_t item = atomic_fetch_add_explicit(&t->next, 1, memory_order_relaxed);
-        if (item >= items) return;
+    int64_t items = t->items, item = claim(t);
+    while (item < items) {
+        int64_t next = claim(t); /* one early, so that the body can know it */
+        t->workers[member].next = next < items ? next : -1;
         body(arg, item, member);
+        item = next;
     }
 }
 
@@ -119,9 +123,9 @@ team *team_new(int size) {
     pthread_cond_init(&t->wake, NULL);
     pthread_cond_init(&t->done, NULL);
     t->threads = calloc(size, sizeof *t->threads);
-    t->workers = calloc(size, sizeof *t->workers);
+    t->workers = aligned_alloc(CACHE_LINE, size * sizeof *t->workers);
     for (int i = 1; t->threads && t->workers && i < size; i++) {
-        t->workers[i] = (worker){t, i};
+        t->workers[i] = (worker){t, i, -1};
         if (pthread_create(&t->threads[i], NULL, worker_main, &t->workers[i])) break;
         t->started = i;
     }
@@ -145,9 +149,14 @@ void team_free(team *t) {
 
 int team_size(const team *t) { return t->size; }
 
+int64_t team_next(const team *t, int member) { return t->workers[member].next; }
+
 void team_for(team *t, int64_t items, loop_body body, void *arg) {
     if (t->size == 1 || items <= 1) {
-        for (int64_t i = 0; i < items; i++) body(arg, i, 0);
+        for (int64_t i = 0; i < items; i++) {
+            t->workers[0].next = i + 1 < items ? i + 1 : -1;
+            body(arg, i, 0);
+        }
         return;
     }
     t->body = body;

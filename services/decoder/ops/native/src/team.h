@@ -14,6 +14,9 @@ team *team_new(int size);
 void team_free(team *t);
 int team_size(const team *t);
 
+/* The item that this member runs after the one at hand, -1 when there is none: so that its memory can be fetched. */
+int64_t team_next(const team *t, int member);
+
 /* Runs body for every item in [0, items), each exactly once, on whichever member is free; returns when all are done. */
 void team_for(team *t, int64_t items, loop_body body, void *arg);
 
