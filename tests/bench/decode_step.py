@@ -16,7 +16,8 @@ import queue
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,41 +26,93 @@ import numpy as np
 from services.decoder.batch import Batch
 from services.decoder.contiguous_leases import ContiguousLeases
 from services.decoder.engine import Engine, EngineSettings, LoadedModel
-from services.decoder.kv_view import ContiguousKv, KvView
+from services.decoder.kv_view import NUMPY_TYPES, ContiguousKv, KvView
 from services.decoder.leases import KvGeometry
 from services.decoder.loader import open_checkpoint
 from services.decoder.model_config import ModelConfig, read_model_config
 from services.decoder.models import load_model
 from services.decoder.ops.base import Ops
 from services.decoder.request import DecodeRequest, Event, Failed, Finished, SamplingParams
+from services.decoder.sampler import Sampled
 from tests.bench.machine import describe_cpu
 
 WARM_UP_STEPS = 3
 
 
-class RandomTokens:
-    """A model whose decode steps see random tokens; notes when each step began, and how many tokens it had."""
+@dataclass(frozen=True)
+class StepTime:
+    """One step of the engine: the last one's end, its own begin, its rows and sequences."""
 
-    def __init__(self, model: Any, vocab_size: int) -> None:
-        self.steps: list[tuple[float, int, int]] = []  # began at, tokens, sequences
+    arrived: float
+    began: float
+    num_tokens: int
+    num_seqs: int
+
+
+class RandomTokens:
+    """A model whose decode steps see random tokens; notes when each step began, and how many tokens it had.
+
+    `before_step` is called before each step in which all num_seqs sequences decode, with how many such steps have been; what it
+    takes is no part of any step's time. With `fill`, all other steps compute nothing, but write random K/V rows.
+    """
+
+    def __init__(
+        self, model: Any, vocab_size: int, num_seqs: int, before_step: Callable[[int], None] | None, fill: bool
+    ) -> None:
+        self.steps: list[StepTime] = []
         self._model = model
         self._vocab_size = vocab_size
+        self._num_seqs = num_seqs
+        self._before_step = before_step
+        self._fill = fill
+        self._num_decodes = 0
         self._rng = np.random.default_rng(1)
 
     def begin(self, batch: Batch, kv: KvView) -> Any:
         """See StepModel."""
-        self.steps.append((time.perf_counter(), batch.num_tokens, batch.num_seqs))
+        arrived = time.perf_counter()
+        all_decode = batch.num_tokens == batch.num_seqs == self._num_seqs and bool(np.all(batch.context_lens))
+        if all_decode:
+            if self._before_step:
+                self._before_step(self._num_decodes)
+            self._num_decodes += 1
+        self.steps.append(StepTime(arrived, time.perf_counter(), batch.num_tokens, batch.num_seqs))
         if batch.num_tokens == batch.num_seqs:
             batch.token_ids[:] = self._rng.integers(0, self._vocab_size, batch.num_tokens)
-        return self._model.begin(batch, kv)
+        return self._model.begin(batch, kv) if all_decode or not self._fill else _Filled(batch, kv)
 
     def forward(self, step: Any) -> Any:
         """See StepModel."""
-        return self._model.forward(step)
+        if not isinstance(step, _Filled):
+            return self._model.forward(step)
+        count = len(step.batch.sample_rows)
+        ids = self._rng.integers(0, self._vocab_size, count).astype(np.int32)
+        return Sampled(ids, [None] * count, [()] * count)
 
     def commit(self, step: Any) -> None:
         """See StepModel."""
-        self._model.commit(step)
+        if isinstance(step, _Filled):
+            step.write(self._rng)
+        else:
+            self._model.commit(step)
+
+
+@dataclass(frozen=True, eq=False)
+class _Filled:
+    """A step that is not computed: its rows of K/V are random."""
+
+    batch: Batch
+    kv: KvView
+
+    def write(self, rng: np.random.Generator) -> None:
+        batch, shape = self.batch, self.kv.shape
+        values = rng.standard_normal((shape.num_layers, 2, shape.num_kv_heads, shape.head_dim)).astype(np.float32)
+        kind = NUMPY_TYPES[self.kv.kv_dtype]
+        row = (values.view(np.uint32) >> 16).astype(kind) if self.kv.kv_dtype == "bf16" else values.astype(kind)
+        for slot in batch.slot_mapping:
+            block_id, offset = divmod(int(slot), shape.block_size)
+            # Rows differ, or every token would be as near as the next: a row is the last one turned by an element.
+            self.kv.block(block_id)[:, :, :, offset, :] = np.roll(row, offset, -1)
 
 
 class Bench:
@@ -73,11 +126,16 @@ class Bench:
         self._model = load_model(checkpoint, self.config, ops)
 
     def run(
-        self, prompts: Sequence[Sequence[int]], num_outputs: int, batched_tokens: int
-    ) -> list[tuple[float, int, int]]:
-        """Serves all prompts at once; what each step was, and last the time of the end."""
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_outputs: int,
+        batched_tokens: int,
+        before_step: Callable[[int], None] | None = None,
+        fill: bool = False,
+    ) -> list[StepTime]:
+        """Serves all prompts at once; what each step was (see RandomTokens), and last the time of the end."""
         capacity = max(len(prompt) for prompt in prompts) + num_outputs
-        model = RandomTokens(self._model, self.config.vocab_size)
+        model = RandomTokens(self._model, self.config.vocab_size, len(prompts), before_step, fill)
         config = self.config
         geometry = KvGeometry(
             config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self._kv_dtype, bytes(32)
@@ -101,7 +159,8 @@ class Bench:
                 raise RuntimeError(event.error)
             running -= isinstance(event, Finished)
         engine.stop(0)
-        return [*model.steps, (time.perf_counter(), 0, 0)]
+        end = time.perf_counter()
+        return [*model.steps, StepTime(end, end, 0, 0)]
 
     def _caches(self, capacity: int, count: int) -> ContiguousKv:
         config = self.config
@@ -115,21 +174,43 @@ class Bench:
             layout=self._kv_layout,
         )
 
-    def decode(self, batch: int, context: int, num_steps: int) -> dict[str, Any]:
-        """Median time of the steps in which all sequences decode."""
+    def decode(
+        self,
+        batch: int,
+        context: int,
+        num_steps: int,
+        before_step: Callable[[int], None] | None = None,
+        fill: bool = False,
+    ) -> dict[str, Any]:
+        """Median time of the steps in which all sequences decode, and the distinct experts that those steps read a layer.
+
+        `before_step` is called before each timed step; with `fill`, the context is random K/V instead of a computed prompt.
+        """
         rng = np.random.default_rng(batch)
         prompts = [rng.integers(0, self.config.vocab_size, context).tolist() for _ in range(batch)]
-        steps = self.run(prompts, num_steps + WARM_UP_STEPS + batch, 512)
-        times = [after[0] - step[0] for step, after in itertools.pairwise(steps) if step[1] == batch == step[2]]
-        median = statistics.median(times[WARM_UP_STEPS : WARM_UP_STEPS + num_steps])
+        routing: dict[str, float] = {}
+
+        def before(index: int) -> None:
+            if index in (WARM_UP_STEPS, WARM_UP_STEPS + num_steps):
+                routing.update(self._routing())
+            if before_step and 0 <= index - WARM_UP_STEPS < num_steps:
+                before_step(index - WARM_UP_STEPS)
+
+        steps = self.run(prompts, num_steps + WARM_UP_STEPS + batch, batch * context if fill else 512, before, fill)
+        times = [
+            after.arrived - step.began
+            for step, after in itertools.pairwise(steps)
+            if step.num_tokens == batch == step.num_seqs
+        ][WARM_UP_STEPS : WARM_UP_STEPS + num_steps]
+        median = statistics.median(times)
         result = {"batch": batch, "context": context, "step_ms": round(median * 1e3, 2)}
-        return result | {"tokens_per_s": round(batch / median, 2)} | self._routing()
+        return result | {"tokens_per_s": round(batch / median, 2), "times": times} | routing
 
     def prefill(self, num_tokens: int, batched_tokens: int) -> dict[str, Any]:
         """One prompt, in chunks of batched_tokens."""
         prompt = np.random.default_rng(7).integers(0, self.config.vocab_size, num_tokens).tolist()
         steps = self.run([prompt], 1, batched_tokens)
-        seconds = steps[-1][0] - steps[0][0]
+        seconds = steps[-1].arrived - steps[0].began
         return {"prefill": num_tokens, "ms": round(seconds * 1e3, 1), "tokens_per_s": round(num_tokens / seconds, 2)}
 
     def _routing(self) -> dict[str, float]:
@@ -159,7 +240,9 @@ def results(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield bench.prefill(arguments.prefill, arguments.prefill_chunk) | same
         return
     for batch in (int(size) for size in arguments.batch.split(",")):
-        yield bench.decode(batch, arguments.context, arguments.steps) | same
+        result = bench.decode(batch, arguments.context, arguments.steps, fill=arguments.fill)
+        del result["times"]
+        yield result | same
 
 
 def main() -> None:
@@ -174,6 +257,7 @@ def main() -> None:
     parser.add_argument("--kv-layout", choices=["hnd", "nhd"], default="hnd")
     parser.add_argument("--batch", default="1", help="batch sizes, such as 1,4,8")
     parser.add_argument("--context", type=int, default=64, help="tokens of each sequence before the first timed step")
+    parser.add_argument("--fill", action="store_true", help="random K/V in place of computed prompts, to begin sooner")
     parser.add_argument("--steps", type=int, default=16, help="timed steps of each batch size")
     parser.add_argument("--prefill", type=int, default=0, metavar="N", help="time one prompt of N tokens instead")
     parser.add_argument("--prefill-chunk", type=int, default=512, help="tokens of a prefill step")
