@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Iterable
 
 import pytest
 
+from services.decoder.batch import Batch
 from services.decoder.contiguous_leases import ContiguousLeases
 from services.decoder.engine import Engine, EngineSettings
 from services.decoder.errors import (
@@ -18,14 +20,15 @@ from services.decoder.errors import (
     NeverFitsError,
     ShuttingDownError,
 )
-from services.decoder.kv_view import ContiguousKv
+from services.decoder.kv_view import ContiguousKv, KvView
 from services.decoder.leases import KvGeometry
-from services.decoder.request import Admitted, FinishReason, SamplingParams, Token
+from services.decoder.request import Admitted, Event, FinishReason, SamplingParams, Token
 from services.decoder.sequence import Sequence
 from services.decoder.service import contiguous_kv
 from tests.decoder.engine_fakes import (
     DEADLINE_S,
     EngineHarness,
+    FakeStep,
     PooledLeases,
     expected_tokens,
     make_request,
@@ -322,3 +325,25 @@ def test_penalties_see_prompt_and_output() -> None:
     plain = Sequence(make_request("plain"), 0).next_sampling()
     assert plain.output_counts is None
     assert plain.seen_token_ids is None
+
+
+def test_a_steps_tokens_go_out_once_the_next_step_is_under_way_and_the_last_ones_before_the_engine_waits(
+    leases: PooledLeases,
+) -> None:
+    """So that the thread of the streams does not take the interpreter between two steps, when nothing computes."""
+    with EngineHarness(leases) as harness:
+        order: list[str] = []
+        begin, emit = harness.model.begin, harness._emit
+
+        def noting_begin(batch: Batch, kv: KvView) -> FakeStep:
+            order.append("step")
+            return begin(batch, kv)
+
+        def noting_emit(events: Iterable[tuple[str, Event]]) -> None:
+            order.append("tokens" if any(isinstance(event, Token) for _, event in events) else "other")
+            emit(list(events))
+
+        harness.model.begin = noting_begin  # type: ignore[method-assign]
+        harness.engine._emit = noting_emit
+        harness.run(make_request("one", 5, 3))
+        assert [name for name in order if name != "other"] == ["step", "step", "tokens", "step", "tokens", "tokens"]
