@@ -115,6 +115,10 @@ class SafetyMachine(RuleBasedStateMachine):
             del process.tables[cache_id]
             self.world.send(process, "release", [cache_id], [])
             self._hurry(pick)
+            if pick % 2:  # what made the lease arrives once more, and the Release has overtaken it
+                for call in [call for call in self.world.sent if call.process is process]:
+                    if call.kind in ("acquire", "fork") and call.leased_id == cache_id:
+                        self.world.deliver(call)
 
     @rule(pick=_pick, symbol=st.integers(0, 1))
     def seal(self, pick: int, symbol: int) -> None:
@@ -144,23 +148,29 @@ class SafetyMachine(RuleBasedStateMachine):
             self.world.send(process, "release", [cache_id], blocks)
             self._hurry(pick)
 
-    @rule(pick=_pick, symbol=st.integers(0, 1))
-    def follow_another(self, pick: int, symbol: int) -> None:
-        """One more block of a table takes the content that another has sealed, where there is one, and is a duplicate.
-
-        Those of before are given back first, so that one of their blocks may be the next duplicate of the same table. The answer to
-        that is late: until it is there, a copy of the call is none of the past.
-        """
+    @rule(pick=_pick, symbol=st.integers(0, 1), num_blocks=st.integers(1, 3))
+    def follow_another(self, pick: int, symbol: int, num_blocks: int) -> None:
+        """The next blocks of a table take the content that another has sealed, where there is one, and are duplicates."""
         found = (self._table(pick, with_duplicates=True) if pick % 4 else None) or self._table(pick)
-        if found is None:
-            return
-        process, cache_id = found
+        for _ in range(num_blocks if found is not None else 0):
+            assert found is not None
+            if found[0].epoch is None or found[1] not in found[0].tables:
+                return
+            self._follow_one_block(*found, pick, symbol)
+
+    def _follow_one_block(self, process: Process, cache_id: int, pick: int, symbol: int) -> None:
+        """Gives duplicates back first, so that one of their blocks may be the next duplicate of the same table.
+
+        The answer to that is late: until it is there, a copy of the call is none of the past, and one may arrive when the block is back.
+        """
         table = process.tables[cache_id]
+        released: Call | None = None
         if table.duplicates:
             blocks = list(table.duplicates)
             table.duplicates.clear()
             self.world.send(process, "release", [cache_id], blocks)
-            self.world.deliver(self.world.network.pop())
+            released = self.world.network.pop()
+            self.world.deliver(released)
         if len(table.hashes) == len(table.blocks):
             self.world.send(process, "extend", cache_id, len(table.blocks) + 1)
             self._hurry(1)
@@ -170,6 +180,8 @@ class SafetyMachine(RuleBasedStateMachine):
             known = [each for each in (0, 1) if pool.find(hash_of(parent, each)) is not None]
             self.world.seal_next(process, cache_id, known[0] if known else symbol)
             self._hurry(1)
+        if released is not None and pick % 2:
+            self.world.deliver(released)
 
     @rule(pick=_pick)
     def write(self, pick: int) -> None:
@@ -346,6 +358,18 @@ TestSafety.settings = settings(
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
+
+
+class LateCopiesMachine(SafetyMachine):
+    """The same where nobody dies and time stands still: histories get to what only memory of past calls keeps right."""
+
+    die = start_anew = register_again = None  # type: ignore[assignment]
+    restart = crash_soon = flush = time_passes = None  # type: ignore[assignment]
+    give_up_a_call = keepalive = lose = write = None  # type: ignore[assignment]
+
+
+TestLateCopies = LateCopiesMachine.TestCase
+TestLateCopies.settings = settings(TestSafety.settings, max_examples=400)
 
 
 @pytest.mark.slow
