@@ -14,6 +14,7 @@ TESTS = Path(__file__).resolve().parent
 # What the original does, and what is kept of it here. A row that is still to come is not in the table yet.
 ROWS: dict[str, str] = {
     "S1": "step buffers grow only when a step needs more, and smaller steps reuse them",
+    "S2": "compiled steps, by exact batch shape after a few sightings, are emptied before the old buffers go; a failure latches",
     "S3": "growth may be geometric, and is bounded by max_num_batched_tokens",
     "S4": "block-table and context-length buffers survive growth between admission and decode, at 16 and more sequences",
     "S5": "Acquire of a known cache id does nothing",

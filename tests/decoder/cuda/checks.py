@@ -138,6 +138,7 @@ def _errors(got: Array, wanted: Array) -> Array:
 def _mlx_lm_logits(directory: Path, tokens: list[int]) -> Array:
     from mlx_lm.utils import load_model
 
-    model, _ = load_model(directory)
-    model.set_dtype(mx.bfloat16)
-    return np.array(model(mx.array([tokens]))[0].astype(mx.float32)).astype(np.float64)
+    with mx.stream(mx.cpu):  # on the GPU, MLX compiles its quantised products for minutes
+        model, _ = load_model(directory)
+        model.set_dtype(mx.bfloat16)
+        return np.array(model(mx.array([tokens]))[0].astype(mx.float32)).astype(np.float64)

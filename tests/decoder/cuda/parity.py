@@ -38,7 +38,7 @@ _NUMPY = [
     TinyConfig(dtype="f16", layout="separate"),
 ]
 _BF16 = [
-    TinyConfig(dtype="bf16", bits=4, head_dim=32, attention_bias=True),
+    TinyConfig(dtype="bf16", bits=4, head_dim=32, decoder_sparse_step=2),
     TinyConfig(dtype="bf16", bits=8, head_dim=32, mlp_only_layers=(1,)),
     TinyConfig(dtype="bf16", mlp_only_layers=(0, 1, 2)),
 ]

@@ -114,6 +114,8 @@ class StageCheck:
         is_fast = isinstance(self._kernels, FastKernels)
         if name == "kv":
             return {"bf16": 4e-3, "f16": 5e-4, "f32": 2e-6}[self._kv_dtype]
+        if name == "router" and is_fast:  # few outputs, whose sums cancel
+            return 1.5e-2
         return 8e-3 if is_fast else 4e-6
 
     def errors(self, streams: list[tuple[int, int]]) -> dict[str, float]:

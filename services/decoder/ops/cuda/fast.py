@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from protos.pool_format import LAYOUTS
 from services.decoder.errors import CheckpointError, EngineFailedError
 from services.decoder.ops.base import (
     AttentionShape,
@@ -31,7 +32,7 @@ class FastKernels:
 
     name = "bf16"
     kv_dtypes: tuple[str, ...] = ("bf16",)
-    kv_layouts: tuple[str, ...] = ("hnd",)
+    kv_layouts: tuple[str, ...] = LAYOUTS
     revision = source.kernel_revision(source.FAST_FILES)
 
     def load_embedding(self, table: LinearTensors) -> CudaLinear:

@@ -27,6 +27,7 @@ from services.decoder.ops.base import (
     Tensor,
 )
 from services.decoder.ops.cuda import source, table
+from services.decoder.ops.cuda.compiled_steps import CompiledSteps
 from services.decoder.ops.cuda.driver import CudaDriver
 from services.decoder.sampler import Sampled, sample_rows
 
@@ -98,6 +99,8 @@ class CudaOps:
             )
         self.kernels = kernels
         self._driver = driver
+        self._multiprocessors = driver.multiprocessors
+        self._steps = CompiledSteps()
         self._running: _Running | None = None
         self._program: tuple[Any, ...] = ()
         self._loaded: dict[str, list[Handle]] = {"embedding": [], "attention": [], "mlp": [], "head": []}
@@ -223,8 +226,7 @@ class CudaOps:
         running = step.running
         if running is None or running is not self._running:
             raise EngineFailedError("a step was committed before it ran")
-        (running.done,) = running.built.commit(**self._call(running, (1,), mx.int32))
-        self._submit(running)
+        self._submit(running, running.built.commit, ("commit",))
         self._wait(running)
 
     def scratch(self, name: str) -> npt.NDArray[Any]:
@@ -237,19 +239,20 @@ class CudaOps:
         array = running.built.buffers.arrays[name]
         return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array * 1)
 
-    def _call(self, running: _Running, shape: tuple[int, ...], dtype: mx.Dtype) -> dict[str, Any]:
+    def _grid(self, shape: tuple[int, ...], dtype: mx.Dtype) -> dict[str, Any]:
+        """Every multiprocessor has one block, and one output."""
         threads = source.THREADS_PER_BLOCK
         return {
-            "inputs": [running.built.table, running.done],
             "output_shapes": [shape],
             "output_dtypes": [dtype],
-            "grid": (self._driver.multiprocessors * threads, 1, 1),
+            "grid": (self._multiprocessors * threads, 1, 1),
             "threadgroup": (threads, 1, 1),
         }
 
     def _logits(self, running: _Running, count: int) -> npt.NDArray[np.float32]:
         shape = (count, running.built.vocab_size)
-        return np.array(running.built.rows(**self._call(running, shape, mx.float32))[0])
+        inputs = [running.built.table, running.done]
+        return np.array(running.built.rows(inputs=inputs, **self._grid(shape, mx.float32))[0])
 
     def _launched(self, head: Handle, step: CudaStep) -> _Running:
         """What computes the step, which is launched now if it was not, or was for another model."""
@@ -260,23 +263,28 @@ class CudaOps:
         return self._launch(program, step)
 
     def _launch(self, program: tuple[Any, ...], step: CudaStep) -> _Running:
-        running = self._prepared(program, table.needed(step.batch))
+        wanted = table.needed(step.batch)
+        running = self._prepared(program, wanted)
         buffers, pool = running.built.buffers, step.pool
-        count = table.fill_step(buffers.words, step.batch, pool.device_address, pool.shape, pool.kv_dtype)
+        address, shape = pool.device_address, pool.shape
+        count = table.fill_step(buffers.words, step.batch, wanted.splits, address, shape, pool.kv_dtype)
         if running.in_flight:  # a step that was given up: its successor would overwrite what it reads
             self._wait(running)
         slot = buffers.step_address + running.launches % 2 * buffers.capacity.words * 4
         self._driver.copy_to_device(slot, buffers.words[:count])
-        kernel = running.built.small if step.batch.num_tokens <= source.SMALL_ROWS else running.built.large
-        (running.done,) = kernel(**self._call(running, (1,), mx.int32))
+        batch = step.batch
+        kernel = running.built.small if batch.num_tokens <= source.SMALL_ROWS else running.built.large
+        self._submit(running, kernel, (batch.num_tokens, batch.num_seqs, len(batch.sample_rows)))
         running.launches += 1
         step.running = running
-        self._submit(running)
         return running
 
-    def _submit(self, running: _Running) -> None:
+    def _submit(self, running: _Running, kernel: table.Kernel, shape: tuple[Any, ...]) -> None:
+        def launch(addresses: mx.array, previous: mx.array) -> mx.array:
+            return kernel(inputs=[addresses, previous], **self._grid((1,), mx.int32))[0]
+
         running.in_flight = True
-        mx.async_eval(running.done)  # type: ignore[no-untyped-call]
+        running.done = self._steps.submit(shape, launch, running.built.table, running.done)
 
     def _wait(self, running: _Running) -> None:
         """Until everything that was launched is over: the driver's own wait is shorter than MLX's, and lets other threads run.
@@ -295,6 +303,7 @@ class CudaOps:
         if running is not None:
             mx.eval(running.done)  # nothing in flight reads the old buffers
             wanted = running.built.buffers.capacity.joined(wanted)
+            self._steps.clear()
             self._running = running = None  # they go before the new ones come
         capacity = table.Capacity(
             _round_up(wanted.rows, 32),

@@ -16,6 +16,8 @@ from services.decoder.batch import Batch
 from services.decoder.ops.cuda.driver import CudaDriver
 from services.decoder.sampler import RowSampling, uniform
 
+Kernel = Callable[..., list[mx.array]]  # as mx.fast.cuda_kernel makes it
+
 HEADER_WORDS = 32
 SPLIT_KEYS = 256  # of attention: SPLIT_KEYS in attention.cuh
 BARRIERS = 64
@@ -88,10 +90,10 @@ class Built:
     """Kernels and memory for one model, from either set of kernels."""
 
     vocab_size: int
-    small: Callable[..., list[mx.array]]
-    large: Callable[..., list[mx.array]]
-    commit: Callable[..., list[mx.array]]
-    rows: Callable[..., list[mx.array]]
+    small: Kernel
+    large: Kernel
+    commit: Kernel
+    rows: Kernel
     buffers: Buffers
     table: mx.array
     keep: list[mx.array]  # what the table points to
@@ -134,8 +136,8 @@ def needed(batch: Batch) -> Capacity:
     return Capacity(rows, samples, last // SPLIT_KEYS + 1, words)
 
 
-def fill_step(to: npt.NDArray[np.int32], batch: Batch, pool: int, shape: BlockShape, kv_dtype: str) -> int:
-    """Writes a batch as the kernels read it, with the pool's address in GPU memory; returns the number of words."""
+def fill_step(to: npt.NDArray[np.int32], batch: Batch, splits: int, pool: int, shape: BlockShape, kv_dtype: str) -> int:
+    """Writes a batch as the kernels read it, with its splits and the pool's address in GPU memory; returns the number of words."""
     rows, samples, strides = batch.num_tokens, len(batch.sample_rows), shape.row_strides
     if rows == batch.num_seqs:  # every sequence decodes
         sequences = starts = np.arange(rows, dtype=np.int32)
@@ -161,7 +163,6 @@ def fill_step(to: npt.NDArray[np.int32], batch: Batch, pool: int, shape: BlockSh
     width = batch.block_tables.shape[1]
     words = offsets[-1] + batch.block_tables.size
     to[offsets[-1] : words].reshape(-1, width)[:] = batch.block_tables
-    splits = (int(batch.positions.max()) if rows else 0) // SPLIT_KEYS + 1
     stride = shape.stride_bytes
     to[:25] = [
         *(rows, samples, words, width, shape.block_size, splits),

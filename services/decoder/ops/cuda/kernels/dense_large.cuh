@@ -18,10 +18,10 @@ __device__ __forceinline__ LargeShared& large() { return *reinterpret_cast<Large
 __device__ __forceinline__ int chunk_at(int row, int chunk) { return (row * STAGE_CHUNKS + (chunk ^ ((row & 1) << 2))) * 16; }
 
 // Starts the copy of one stage: units [unit, unit + STAGE_UNITS) of all rows.
-__device__ __forceinline__ void fetch_stage(const bf16* inputs, int width, int units, int stage) {
+template <int TILES> __device__ __forceinline__ void fetch_stage(const bf16* inputs, int width, int units, int stage) {
     const int first = stage * STAGE_UNITS;
     char* to = large().stages[stage % STAGES];
-    for (int i = threadIdx.x; i < BLOCK_ROWS * STAGE_CHUNKS; i += THREADS) {
+    for (int i = threadIdx.x; i < TILES * 8 * STAGE_CHUNKS; i += THREADS) {
         const int row = i / STAGE_CHUNKS, chunk = i % STAGE_CHUNKS;
         if (first + chunk / 8 < units) {
             const bf16* from = inputs + u64(large().rows[row]) * width + first * UNIT + chunk * 8;
@@ -79,7 +79,7 @@ __device__ __forceinline__ void block_sums(const Linear& w, long long tile, cons
     const u64 base = u64(tile < 0 ? 0 : tile) * splits.units;
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
-        if (i < num_stages) fetch_stage(inputs, width, splits.units, i);
+        if (i < num_stages) fetch_stage<TILES>(inputs, width, splits.units, i);
         else asm volatile("cp.async.commit_group;" ::: "memory");
     }
     Raw<BITS> next = load_unit<BITS>(w, base);
@@ -88,7 +88,7 @@ __device__ __forceinline__ void block_sums(const Linear& w, long long tile, cons
     for (int stage = 0; stage < num_stages; ++stage) {
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
         __syncthreads();
-        if (stage + STAGES - 1 < num_stages) fetch_stage(inputs, width, splits.units, stage + STAGES - 1);
+        if (stage + STAGES - 1 < num_stages) fetch_stage<TILES>(inputs, width, splits.units, stage + STAGES - 1);
         else asm volatile("cp.async.commit_group;" ::: "memory");
 #pragma unroll
         for (int i = 0; i < STAGE_UNITS; ++i) {
@@ -125,14 +125,26 @@ __device__ __forceinline__ void block_product_any(const Linear& w, long long til
     }
 }
 
+// How many rows the blocks of a layer take: few where that occupies more of the GPU, for weights are unpacked once for all of them.
+__device__ __forceinline__ int rows_of_blocks(int blocks_m, int rows) {
+    constexpr int UNPACKING = 24; // what that takes, in rows
+    int best = BLOCK_ROWS, least = 0x7FFFFFFF;
+#pragma unroll
+    for (int each = BLOCK_ROWS; each >= 16; each /= 2) {
+        const int waves = (blocks_m * ((rows + each - 1) / each) + int(gridDim.x) - 1) / int(gridDim.x);
+        if (waves * (each + UNPACKING) < least) least = waves * (each + UNPACKING), best = each;
+    }
+    return best;
+}
+
 // A layer of `tiles_m` tiles for all rows. Warps of one block have the same layer: `pick` names it and the tile in it for a block of
 // 16 tiles, whose q, k and v are padded to whole blocks by the caller.
 template <int WIDTHS, class Pick, class Put>
 __device__ __forceinline__ void dense_large(int blocks_m, int rows, const Splits& splits, const bf16* inputs, int width, Pick pick,
                                             Put put) {
-    const int blocks_n = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const int each_n = rows_of_blocks(blocks_m, rows), blocks_n = (rows + each_n - 1) / each_n;
     for (int item = blockIdx.x; item < blocks_m * blocks_n; item += gridDim.x) {
-        const int from = item / blocks_m * BLOCK_ROWS, count = rows - from < BLOCK_ROWS ? rows - from : BLOCK_ROWS;
+        const int from = item / blocks_m * each_n, count = rows - from < each_n ? rows - from : each_n;
         if (threadIdx.x < BLOCK_ROWS) large().rows[threadIdx.x] = from + (int(threadIdx.x) < count ? threadIdx.x : count - 1);
         __syncthreads();
         Linear w;

@@ -105,7 +105,7 @@ __device__ __forceinline__ void row_columns(Columns& x, const bf16* inputs, int 
     x.inputs = inputs, x.width = width, x.tiles = (rows + 7) / 8;
 #pragma unroll
     for (int n = 0; n < COLUMN_TILES; ++n) {
-        x.row[n] = n * 8 + column < rows ? n * 8 + column : -1;
+        x.row[n] = n * 8 + column < rows ? n * 8 + column : 0;
         asm volatile("" : "+r"(x.row[n])); // else the compiler keeps an address for each unit and runs out of registers
     }
 }
@@ -192,8 +192,7 @@ LH_STAGE void head_small(const Table& table, Step step, int from, int rows) {
         [&](int item, Linear& w, Columns& x) -> u64 {
             row_columns(x, table.normed, HIDDEN, rows);
 #pragma unroll
-            for (int n = 0; n < COLUMN_TILES; ++n)
-                if (x.row[n] >= 0) x.row[n] = ids[x.row[n]];
+            for (int n = 0; n < COLUMN_TILES; ++n) x.row[n] = ids[x.row[n]];
             w = table.head;
             return item;
         },

@@ -79,7 +79,8 @@ template <int BITS> __device__ __forceinline__ void fragments(const Raw<BITS>& r
     }
 }
 
-// Where each thread finds its columns: column g of tile n is row `row[n]` of shuffled inputs, or nothing when that is negative.
+// Where each thread finds its columns: column g of tile n is row `row[n]` of shuffled inputs. One that is not there repeats another,
+// because columns do not mix, and nobody reads its product.
 struct Columns {
     const bf16* inputs;
     int width, tiles;
@@ -87,14 +88,12 @@ struct Columns {
 };
 
 __device__ __forceinline__ uint4 load_column(const Columns& x, int n, int at) {
-    if (x.row[n] < 0) return make_uint4(0, 0, 0, 0);
     return *reinterpret_cast<const uint4*>(x.inputs + u64(x.row[n]) * x.width + at);
 }
 
 // Brings the lines of a split's columns into the first-level cache while the weights are on their way: units one after the other
 // would wait for the second level each time.
 __device__ __forceinline__ void touch(const Columns& x, int n, int first, int count) {
-    if (x.row[n] < 0) return;
     for (int unit = threadIdx.x & 3; unit < count; unit += 4) {
         u32 unused;
         asm volatile("ld.global.ca.u32 %0, [%1];" : "=r"(unused) : "l"(x.inputs + u64(x.row[n]) * x.width + (first + unit) * UNIT));

@@ -88,7 +88,7 @@ __device__ __forceinline__ void expert_columns(Columns& x, const bf16* inputs, i
     x.inputs = inputs, x.width = width, x.tiles = (count + 7) / 8;
 #pragma unroll
     for (int n = 0; n < COLUMN_TILES; ++n)
-        x.row[n] = n * 8 + column < count ? small().lists[expert][n * 8 + column] / divide : -1;
+        x.row[n] = small().lists[expert][n * 8 + column < count ? n * 8 + column : 0] / divide;
 }
 
 __device__ __forceinline__ float gated(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
