@@ -106,13 +106,13 @@ class _Filled:
 
     def write(self, rng: np.random.Generator) -> None:
         batch, shape = self.batch, self.kv.shape
-        values = rng.standard_normal((shape.num_layers, 2, shape.num_kv_heads, shape.head_dim)).astype(np.float32)
         kind = NUMPY_TYPES[self.kv.kv_dtype]
-        row = (values.view(np.uint32) >> 16).astype(kind) if self.kv.kv_dtype == "bf16" else values.astype(kind)
         for slot in batch.slot_mapping:
             block_id, offset = divmod(int(slot), shape.block_size)
-            # Rows differ, or every token would be as near as the next: a row is the last one turned by an element.
-            self.kv.block(block_id)[:, :, :, offset, :] = np.roll(row, offset, -1)
+            size = (shape.num_layers, 2, shape.num_kv_heads, shape.head_dim)
+            row = rng.standard_normal(size, np.float32)
+            is_bf16 = self.kv.kv_dtype == "bf16"
+            self.kv.block(block_id)[:, :, :, offset, :] = (row.view(np.uint32) >> 16 if is_bf16 else row).astype(kind)
 
 
 class Bench:

@@ -84,6 +84,11 @@ class WeightBytes:
         """Bytes of weights, each read once."""
         return self._rest + self._experts * experts_per_layer / self._num_experts
 
+    def map_all(self, ops: Any) -> None:
+        """Reads all of them: a long-running decoder's pages are mapped, and llama.cpp maps or repacks its own at load."""
+        for array in self._large:
+            ops.read_memory(array)
+
     def time_read(self, ops: Any) -> float:
         """Bytes a second of a plain read of about READ_BYTES of them."""
         num_bytes, began = 0, time.perf_counter()
@@ -111,6 +116,8 @@ class Duel:
         self._bench = Bench(arguments.model, self._ops, "bf16")
         self._bytes = WeightBytes(open_checkpoint(arguments.model))
         self._peer = Peer(arguments.peer_python, arguments.gguf, threads)
+        self._peer.ask("about")  # its load takes memory and the page cache; ours comes after
+        self._bytes.map_all(self._ops)
 
     def about(self) -> dict[str, Any]:
         """The processor and what each side uses of it."""
