@@ -228,8 +228,7 @@ class Engine:
         batch = self._buffers.fill(chunks, self._scheduler.block_size)
         meter.note_batch(chunks, len(batch.sample_rows))
         step = model.begin(batch, self._kv)
-        # What the step before brought goes out now, not at its end: the streams' thread would take the interpreter from this one while
-        # nothing computes.
+        # What the step before brought, now that something computes: the streams' thread takes the interpreter from this one.
         self._flush()
         meter.mark("fill")
         sampled = model.forward(step)

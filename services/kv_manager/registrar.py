@@ -213,7 +213,8 @@ class Registrar:
             return _Before.ITSELF
         if not is_same_life and old.probe is not None and not old.probe.is_held():
             return _Before.DEAD
-        if not is_same_life and is_same_lock:
+        # On a GPU the lock is no proof by itself: without a probe of the process it stays unknown.
+        if not is_same_life and is_same_lock and (old.probe is not None or self.memory.name == "host"):
             if old.probe is None or old.probe.allows_successor():
                 return _Before.DEAD
             raise PredecessorLivesError(
