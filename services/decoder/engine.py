@@ -190,8 +190,6 @@ class Engine:
         self._loaded.set_result(loaded)
         stepped = False
         while True:
-            if not stepped:
-                self._flush()
             self._drain(block=not stepped)
             if self._drain_deadline is not None and self._is_drained(self._drain_deadline):
                 break
@@ -257,6 +255,7 @@ class Engine:
     def _drain(self, block: bool) -> None:
         """Takes in everything that has arrived; with `block`, waits until something has, or the drain is over."""
         if block:
+            self._flush()
             timeout = None
             if self._drain_deadline is not None:
                 timeout = max(0.0, self._drain_deadline - time.monotonic())
