@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from protos import decoder_pb2
 from services.decoder.errors import DecoderError
-from services.decoder.request import Admitted, DecodeRequest, Event, FinishReason
+from services.decoder.request import Admitted, DecodeRequest, Event, Failed, FinishReason
 from services.decoder.request_parser import ParsedRequest
 from services.decoder.sample_stream import SampleStream
 from services.decoder.tokenizer import Tokenizer
@@ -79,6 +79,10 @@ class RequestStream:
 
     def take(self, events: Mapping[str, Sequence[Event]]) -> Iterator[decoder_pb2.GenerateResponse]:
         """The responses that some events amount to, by the engine's ids of their samples."""
+        first = next((e for came in events.values() for e in came if isinstance(e, (Admitted, Failed))), None)
+        if not self._is_started and isinstance(first, Failed):
+            # The first sample was refused, and another one was admitted before it could be ended: the request has not started.
+            events = {sample_id: [e for e in came if isinstance(e, Failed)] for sample_id, came in events.items()}
         for sample_id, came in events.items():
             for event in came:
                 if isinstance(event, Admitted):

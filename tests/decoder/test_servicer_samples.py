@@ -179,6 +179,18 @@ async def test_a_sample_that_fails_fails_the_request_and_ends_the_others(harness
     assert len(await harness.generate(request_id="r")) == 2
 
 
+async def test_a_request_whose_first_sample_is_refused_never_starts(harness: Harness) -> None:
+    client = Client(harness, 2)
+    await until_submitted(harness, 2)
+    refusal, admission = (0, Failed(EngineFailedError("no"))), (1, Admitted(0, 9))
+    client.emit(refusal, admission, *tokens(1, ids_of("he")))
+    client.emit((1, Finished(FinishReason.CANCELLED, 0, 0)))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.rest()
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert client.responses == []
+
+
 async def _is_known(harness: Harness, request_id: str) -> bool:
     """A call that comes back when everything sent before it has been handled."""
     return bool((await harness.stub.Abort(pb.AbortRequest(request_id=request_id), timeout=TIMEOUT_S)).found)
