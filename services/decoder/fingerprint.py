@@ -1,6 +1,7 @@
-"""Which model this is: BLAKE2b-256 over config.json and all weight bytes, kept beside a large checkpoint between starts.
+"""Which model this is: a hash of config.json and all weight bytes, kept beside a large checkpoint between starts.
 
-Files are hashed in pieces, on all cores, and the fingerprint is the hash of the pieces' hashes.
+Files are hashed in pieces, on all cores, and the fingerprint is the BLAKE2b-256 of the pieces' hashes. Those are SHA-256, because
+processors have instructions for it: 2.6 times as fast as BLAKE2b where it was measured, and a first start waits for nothing else.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ _log = structlog.get_logger(__name__)
 
 CACHE_NAME = ".leasehold-fingerprint.json"
 # Names how it was computed: one that was computed otherwise is not taken for it.
-_KEPT_AS = "blake2b_of_16_mib_pieces"
-# Hashing runs at 0.7 GB/s a core: what takes less than half a second is not worth a file.
+_KEPT_AS = "blake2b_of_sha256_of_16_mib_pieces"
+# Hashing runs at 1 to 2 GB/s a core: what takes a fraction of a second is not worth a file.
 CACHE_FROM_BYTES = 256 << 20
-# The fingerprint depends on it. A piece keeps a core busy for 20 ms, so that the last ones end together.
+# The fingerprint depends on it. A piece keeps a core busy for 10 to 20 ms, so that the last ones end together.
 _PIECE_BYTES = 16 << 20
 # What is read at once, so that it is hashed out of the cache.
 _READ_BYTES = 1 << 20
@@ -79,7 +80,7 @@ def _hash(files: Sequence[Path]) -> bytes:
 
 def _hash_piece(piece: tuple[Path, int]) -> bytes:
     path, at = piece
-    digest = hashlib.blake2b(digest_size=32)
+    digest = hashlib.sha256()
     buffer = memoryview(bytearray(_READ_BYTES))
     left = _PIECE_BYTES
     with path.open("rb", buffering=0) as file:

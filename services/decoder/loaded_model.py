@@ -16,6 +16,7 @@ from services.decoder.loader import Checkpoint
 from services.decoder.model_config import ModelConfig
 from services.decoder.models import load_model
 from services.decoder.ops.base import Ops
+from services.decoder.page_mapper import map_pages
 
 _log = structlog.get_logger(__name__)
 
@@ -40,6 +41,8 @@ def load(
     else:
         ops = make_ops(backend, precision, threads)
         model = load_model(checkpoint, config, ops)
+        if backend == "native":  # which reads the files in place for as long as it serves
+            map_pages(checkpoint.mappings)
     _log.info("the model is loaded", backend=ops.backend, numerics_id=ops.numerics_id, after_s=_since(started))
     geometry = KvGeometry(
         num_layers=config.num_hidden_layers,

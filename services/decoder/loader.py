@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,11 @@ class Checkpoint:
     weight_files: tuple[Path, ...]
     tensors: Mapping[str, MappedTensor]
     quantization: Quantization
+
+    @property
+    def mappings(self) -> list[mmap.mmap]:
+        """The weight files as they are mapped, each once."""
+        return list({id(tensor.mapping): tensor.mapping for tensor in self.tensors.values()}.values())
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> MappedTensor:
         """A tensor that must be there, with the shape it must have."""

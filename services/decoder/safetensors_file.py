@@ -32,13 +32,13 @@ class MappedTensor:
     dtype: str
     shape: tuple[int, ...]
     file: Path
-    _map: mmap.mmap
+    mapping: mmap.mmap  # of the whole file
     _offset: int
 
     def numpy(self) -> npt.NDArray[Any]:
         """A read-only view of the mapped bytes, without a copy; BF16 comes as uint16."""
         count = int(np.prod(self.shape, dtype=np.int64))
-        flat = np.frombuffer(self._map, dtype=_NUMPY_TYPES[self.dtype], count=count, offset=self._offset)
+        flat = np.frombuffer(self.mapping, dtype=_NUMPY_TYPES[self.dtype], count=count, offset=self._offset)
         return flat.reshape(self.shape)
 
 
