@@ -22,6 +22,7 @@ from tests.e2e.pool_files import check_pool_files, held_locks
 LIMIT_S = 120.0
 RETURN_LIMIT_S = 20.0
 _POLL_S = 0.1
+# While no stream has got a token: where one request fills the pool, the others are refused until it has ended.
 _MAX_EXHAUSTED = 400
 _TALLIED = ("preempted", "evicted", "hits", "deduplicated", "revoked")
 
@@ -70,6 +71,9 @@ class Run:
     on_progress: Callable[[str], None]
     pace: Pace = field(default_factory=Pace)
     streams: dict[int, Followed] = field(default_factory=dict)
+    # How many tokens there were when a request was refused last, and how many were refused since there were fewer.
+    _num_tokens: int = 0
+    _num_fruitless: int = 0
 
     async def run(self) -> None:
         """Raises ChaosError, or another AssertionError, when the seed fails."""
@@ -119,14 +123,20 @@ class Run:
                     raise ChaosError(
                         f"stream {index} was refused for want of blocks after {len(followed.token_ids)} tokens"
                     )
-                self.report.num_exhausted += 1
-                if self.report.num_exhausted > _MAX_EXHAUSTED:
-                    raise ChaosError(f"{_MAX_EXHAUSTED} requests were refused for want of blocks")
+                self._note_refusal()
                 await asyncio.sleep(jitter.uniform(0.05, 0.5))
         except CallError as error:
             raise ChaosError(f"stream {index} failed after {len(followed.token_ids)} tokens: {error}") from error
         finally:
             self.pace.add(max(0, FEWEST_TOKENS - len(followed.token_ids)))
+
+    def _note_refusal(self) -> None:
+        self.report.num_exhausted += 1
+        num_tokens = sum(len(followed.token_ids) for followed in self.streams.values())
+        self._num_fruitless = self._num_fruitless + 1 if num_tokens == self._num_tokens else 0
+        self._num_tokens = num_tokens
+        if self._num_fruitless > _MAX_EXHAUSTED:
+            raise ChaosError(f"{_MAX_EXHAUSTED} requests were refused for want of blocks, and no stream got a token")
 
     async def _follow(self, client: DecoderClient, request: object, plan: StreamPlan, followed: Followed) -> None:
         try:
