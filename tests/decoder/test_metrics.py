@@ -188,7 +188,6 @@ def test_log_lines_of_a_preempted_request_name_it_and_its_lease() -> None:
     scheduler.set_pool(16)
     scheduler.add(Sequence(DecodeRequest("r1", [1, 2, 3], SamplingParams(), 4), 0))
     scheduler.plan()
-    structlog.reset_defaults()  # a test before this one may have configured a level
     with structlog.testing.capture_logs() as lines:
         scheduler.granted(LeaseGranted(1, (0,), 0, 1))
         scheduler.preempt(1)

@@ -199,6 +199,8 @@ async def test_a_hung_decoders_blocks_are_set_aside_until_it_speaks_or_is_dead(
     async with DecoderClient([hung.address]) as client, DecoderClient([other.address]) as other_client:
         running = [asyncio.create_task(follow(client, request, pace=pace)) for request in requests]
         await pace.reach(rng.randint(100, 200))
+        # On a starved machine it may have been revoked before, and have given all back.
+        until(lambda: _state(manager, "hung") == "live" and bool(_blocks_of(manager, "hung")), "the decoder has leases")
         hung.process.send_signal(signal.SIGSTOP)
         until(lambda: _state(manager, "hung") == "revoked", "the hung decoder's session is revoked")
         held = _blocks_of(manager, "hung")
