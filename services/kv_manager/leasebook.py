@@ -11,8 +11,6 @@ from services.kv_manager.block_pool import BlockPool
 from services.kv_manager.config import Config
 from services.kv_manager.counters import Counters
 from services.kv_manager.errors import (
-    CacheIdReusedError,
-    LeaseRevokedError,
     NeverFitsError,
     PoolExhaustedError,
     SealRefusedError,
@@ -21,6 +19,7 @@ from services.kv_manager.errors import (
     UnknownLeaseError,
 )
 from services.kv_manager.meta_format import Content
+from services.kv_manager.refusals import released_error, revoked_error
 from services.kv_manager.registrar import Registrar
 from services.kv_manager.sessions import Lease, Session
 
@@ -90,7 +89,7 @@ class LeaseBook:
         if lease is not None:
             return lease
         if session.is_buried(cache_id):
-            raise _released(cache_id)
+            raise released_error(cache_id)
         if age_ticket is None:
             self._last_ticket = ticket = self._last_ticket + 1
         else:
@@ -149,7 +148,7 @@ class LeaseBook:
         if lease is not None:
             return lease
         if session.is_buried(cache_id):
-            raise _released(cache_id)
+            raise released_error(cache_id)
         parent = self._require_lease(session, parent_id)
         if parent.revoked:
             raise revoked_error(parent)
@@ -369,22 +368,6 @@ class LeaseBook:
         if self._config.pool_bytes is not None:
             return f"--pool-bytes (now {self._config.pool_bytes})"
         return f"--num-blocks (now {self.pool.num_blocks})"
-
-
-def _released(cache_id: int) -> CacheIdReusedError:
-    return CacheIdReusedError(
-        f"cache {cache_id} was released in this session: a late Acquire leases nothing, and ids are never reused",
-        {"cache_id": str(cache_id)},
-    )
-
-
-def revoked_error(lease: Lease) -> LeaseRevokedError:
-    """What a request of a lease that has to give way ends with."""
-    return LeaseRevokedError(
-        f"cache {lease.cache_id} has to give way to an older request: seal what is full, release it, and acquire again"
-        " with its age_ticket",
-        {"cache_id": str(lease.cache_id), "age_ticket": str(lease.age_ticket)},
-    )
 
 
 @lru_cache(maxsize=1024)

@@ -15,7 +15,8 @@ import structlog
 
 from services.kv_manager.counters import Counters
 from services.kv_manager.errors import ManagerError, PoolExhaustedError, StaleEpochError
-from services.kv_manager.leasebook import LeaseBook, rank, revoked_error
+from services.kv_manager.leasebook import LeaseBook, rank
+from services.kv_manager.refusals import revoked_error
 from services.kv_manager.sessions import LIVE, Clock, Lease, Session
 
 _log = structlog.get_logger("kv_manager.waiting")

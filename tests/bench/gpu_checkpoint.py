@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from tests.bench.gpu_models import GEOMETRY
+from tests.bench.gpu_models import GEOMETRY, mlx_lm_config
 
 _ROUTER_BITS = 8
 
@@ -73,29 +73,10 @@ def _linear(name: str, shape: tuple[int, ...], bits: int = 4) -> dict[str, mx.ar
 
 
 def _config(num_layers: int) -> dict[str, Any]:
-    g = GEOMETRY
     router = {"group_size": 64, "bits": _ROUTER_BITS}
     quantization = {"group_size": 64, "bits": 4} | {f"model.layers.{i}.mlp.gate": router for i in range(num_layers)}
-    return {
+    return mlx_lm_config(num_layers) | {
         "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "hidden_size": g.hidden,
-        "num_hidden_layers": num_layers,
-        "intermediate_size": 6144,
-        "num_attention_heads": g.heads,
-        "num_key_value_heads": g.kv_heads,
-        "head_dim": g.head_dim,
-        "num_experts": g.experts,
-        "num_experts_per_tok": g.experts_a_token,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "moe_intermediate_size": g.width,
-        "rms_norm_eps": 1e-6,
-        "vocab_size": g.vocab,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": 40960,
-        "norm_topk_prob": True,
         "hidden_act": "silu",
         "attention_bias": False,
         "torch_dtype": "bfloat16",

@@ -148,15 +148,10 @@ def _ones(size: int) -> ArrayTensor:
     return ArrayTensor("norm", "BF16", ones)
 
 
-def mlx_lm_model(num_layers: int) -> Callable[[int], float]:
-    """mlx-lm's model with random weights of the same shapes: answers its median step in ms at context 64."""
-    import mlx.nn as nn
-    from mlx.utils import tree_map
-    from mlx_lm.models.cache import make_prompt_cache
-    from mlx_lm.models.qwen3_moe import Model, ModelArgs
-
+def mlx_lm_config(num_layers: int) -> dict[str, Any]:
+    """config.json of the geometry, as mlx-lm reads it."""
     g = GEOMETRY
-    config = {
+    return {
         "model_type": "qwen3_moe",
         "hidden_size": g.hidden,
         "num_hidden_layers": num_layers,
@@ -176,7 +171,16 @@ def mlx_lm_model(num_layers: int) -> Callable[[int], float]:
         "max_position_embeddings": 40960,
         "norm_topk_prob": True,
     }
-    model: Any = Model(ModelArgs.from_dict(config))
+
+
+def mlx_lm_model(num_layers: int) -> Callable[[int], float]:
+    """mlx-lm's model with random weights of the same shapes: answers its median step in ms at context 64."""
+    import mlx.nn as nn
+    from mlx.utils import tree_map
+    from mlx_lm.models.cache import make_prompt_cache
+    from mlx_lm.models.qwen3_moe import Model, ModelArgs
+
+    model: Any = Model(ModelArgs.from_dict(mlx_lm_config(num_layers)))
 
     def widths(path: str, module: Any) -> Any:
         return (
@@ -203,11 +207,11 @@ def mlx_lm_model(num_layers: int) -> Callable[[int], float]:
     def step_ms(batch: int) -> float:
         cache = make_prompt_cache(model)
         rng = np.random.default_rng(0)
-        mx.eval(model(mx.array(rng.integers(0, g.vocab, (batch, 64))), cache=cache))
+        mx.eval(model(mx.array(rng.integers(0, GEOMETRY.vocab, (batch, 64))), cache=cache))
         times = []
         for _ in range(10):
             start = time.perf_counter()
-            mx.eval(model(mx.array(rng.integers(0, g.vocab, (batch, 1))), cache=cache))
+            mx.eval(model(mx.array(rng.integers(0, GEOMETRY.vocab, (batch, 1))), cache=cache))
             times.append(time.perf_counter() - start)
         return statistics.median(times[3:]) * 1e3
 
