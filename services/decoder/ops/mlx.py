@@ -33,7 +33,7 @@ from services.decoder.ops.mlx_weights import STORED_TYPES, Experts, Linear, load
 from services.decoder.ops.rope_table import RopeTable
 from services.decoder.sampler import Sampled, sample_rows
 
-KERNEL_REVISION = 2  # counts up when bits change
+KERNEL_REVISION = 3  # counts up when bits change, those of the sampler too
 # From this many token-expert pairs on, pairs are sorted by expert, so that an expert's weights are read once.
 _SORT_PAIRS = 64
 
