@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -276,7 +277,9 @@ class Registrar:
         self.manager_epoch = files.meta.advance_epoch(self._kernel_boot_id)
         size = {"num_blocks": num_blocks, "block_bytes": stride}
         _log.info("pool created", pool=files.pool_id.hex(), memory=self.memory.name, **size)
-        return BlockPool(files, self.events)
+        pool = BlockPool(files, self.events)
+        gc.freeze()  # or the collector walks a list entry for every block, again and again, while calls wait
+        return pool
 
     def _free_slot(self) -> int:
         used = {session.slot for session in self.sessions.values()}
