@@ -146,7 +146,7 @@ class Registrar:
         self._require_fresh(worker, old)
         probe = self._open_held_lock(worker)
         try:
-            before = self._require_successor(worker, old)
+            before = self._require_successor(worker, old, probe)
             pool = self.pool or self._create_pool(request)
             claims_accepted = request.mapped_pool_id == pool.files.pool_id
             claims = request.claims if claims_accepted else ()
@@ -204,13 +204,15 @@ class Registrar:
             )
         raise LockProofError(f"the lock file {probe.path} {problem}", {"lock_path": str(probe.path)})
 
-    def _require_successor(self, worker: WorkerRecord, old: Session | None) -> _Before:
+    def _require_successor(self, worker: WorkerRecord, old: Session | None, probe: LockProbe) -> _Before:
         """Whose session it was; raises when this process may not have it, or only after the one before has ended."""
         if old is None:
             return _Before.NOBODY
         is_same_life = old.worker.boot_id == worker.boot_id
         is_same_lock = (old.worker.lock_device, old.worker.lock_inode) == (worker.lock_device, worker.lock_inode)
-        if is_same_life and is_same_lock:
+        # Where somebody deleted the lock file, the process takes another. Only it knows its boot_id, and who holds a lock has
+        # written the one in the file: the new lock is as good a proof as the old one.
+        if is_same_life and (is_same_lock or probe.holder() == worker.boot_id.hex()):
             return _Before.ITSELF
         if not is_same_life and old.probe is not None and not old.probe.is_held():
             return _Before.DEAD
@@ -233,9 +235,9 @@ class Registrar:
         if is_same_life:
             raise LockProofError(
                 f"the lock file {path} of worker {worker.worker_id} was deleted or replaced while the worker ran (inode"
-                f" {old.worker.lock_inode}, now {worker.lock_inode}), so that its death could not be proved any more. Lock"
-                " files must never be deleted. Restart this worker; streams go on after it, and its blocks stay set aside"
-                " where nothing proves that this process has ended",
+                f" {old.worker.lock_inode}, now {worker.lock_inode}), and the new one does not hold the worker's boot_id: whoever"
+                " locks it must write that into it. Restart this worker; streams go on after it, and its blocks stay set"
+                " aside where nothing proves that this process has ended",
                 metadata,
             )
         raise LockProofError(

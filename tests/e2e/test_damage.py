@@ -8,6 +8,7 @@ import ctypes
 import os
 import random
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -172,7 +173,7 @@ async def test_a_pool_dir_that_is_gone_is_made_anew_and_no_stream_changes(proces
 async def test_a_deleted_lock_file_frees_nothing_and_no_stream_changes(processes: Processes, model: Path) -> None:
     manager = processes.start_manager("--ttl", "1", num_blocks=NUM_BLOCKS)
     decoder = processes.start_decoder(manager, *FLAGS, model=model, worker_id="same")
-    requests, pace = _requests(4, 200), Pace()
+    requests, pace = _requests(4, 600), Pace()
     async with DecoderClient(decoder.address) as client:
         expected = [stream.token_ids for stream in await _all(client, requests, "undisturbed")]
         running = [asyncio.create_task(follow(client, request, pace=pace)) for request in requests]
@@ -183,7 +184,11 @@ async def test_a_deleted_lock_file_frees_nothing_and_no_stream_changes(processes
         until(lambda: second.process.poll() is not None or bool(second.events("kv_manager_away")), "it is refused")
         assert second.events("serving") == []
         second.kill()
-        await pace.reach(200)
+        # Silent for longer than the TTL it loses its session, and has to register with a lock that is not the old one.
+        decoder.process.send_signal(signal.SIGSTOP)
+        until(lambda: bool(manager.events("revoked")), "the silent one is revoked")
+        decoder.process.send_signal(signal.SIGCONT)
+        await asyncio.to_thread(until, lambda: len(decoder.events("session_opened")) > 1, "it has a session again")
         manager.kill()
         manager = await asyncio.to_thread(_start_again, processes, manager)
         streams = await asyncio.gather(*running)

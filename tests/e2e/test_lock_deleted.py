@@ -1,8 +1,9 @@
-"""A worker's lock file is deleted and its manager restarts: nothing proves the worker's death any more, and everybody is told."""
+"""A worker's lock file is deleted: its process goes on with another; where a second one took the name, everybody is told."""
 
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,29 @@ def _restart(processes: Processes, manager: Manager) -> Manager:
     return processes.start_manager(listen=manager.address, pool_dir=manager.pool_dir, num_blocks=NUM_BLOCKS)
 
 
-async def test_the_error_names_the_file_and_the_fix_and_a_restart_of_the_decoder_cures_it(
+async def test_the_decoder_takes_another_lock_and_no_stream_notices(processes: Processes, model: Path) -> None:
+    manager = processes.start_manager(num_blocks=NUM_BLOCKS)
+    decoder = processes.start_decoder(manager, model=model, worker_id="one")
+    request = token_request(PROMPT, NUM_TOKENS, seed=5)
+    async with DecoderClient(decoder.address) as client:
+        undisturbed = await follow(client, request, tenant="undisturbed")
+        pace = Pace()
+        running = asyncio.create_task(follow(client, request, pace=pace))
+        await pace.reach(20)
+        (manager.pool_dir / "workers" / "one.lock").unlink()
+        await asyncio.to_thread(manager.kill)
+        manager = await asyncio.to_thread(_restart, processes, manager)
+        stream = await running
+    assert stream.token_ids == undisturbed.token_ids
+    assert not stream.broken
+    assert _states(manager) == {"one": "live"}
+    manager.wait_all_free()
+    # The new lock is the proof of its death.
+    await asyncio.to_thread(decoder.kill)
+    until(lambda: _states(manager) == {}, "its end is seen")
+
+
+async def test_a_process_that_has_its_name_meanwhile_keeps_it_and_the_error_names_the_file_and_the_fix(
     processes: Processes, model: Path
 ) -> None:
     manager = processes.start_manager(num_blocks=NUM_BLOCKS)
@@ -58,9 +81,17 @@ async def test_the_error_names_the_file_and_the_fix_and_a_restart_of_the_decoder
         pace = Pace()
         running = asyncio.create_task(follow(client, request, pace=pace))
         await pace.reach(20)
+        decoder.process.send_signal(signal.SIGSTOP)
         lock_path.unlink()
         await asyncio.to_thread(manager.kill)
         manager = await asyncio.to_thread(_restart, processes, manager)
+        held = manager.stats().quarantined
+        assert held > 0
+        second = await asyncio.to_thread(
+            lambda: processes.start_decoder(manager, "--grace", "0", model=model, worker_id="one")
+        )
+        assert _states(manager) == {"one?0": "orphaned", "one": "live"}
+        decoder.process.send_signal(signal.SIGCONT)
 
         # The decoder's log says it, and so does the status of every new request.
         def is_told() -> bool:
@@ -70,14 +101,12 @@ async def test_the_error_names_the_file_and_the_fix_and_a_restart_of_the_decoder
         async with stub_of(decoder.address) as stub:
             refused = await receive(stub, token_request(PROMPT, 3))
         assert refused.code is grpc.StatusCode.UNAVAILABLE
-        assert f"{lock_path} of worker one was deleted" in refused.status.message
-        assert "Restart this worker" in refused.status.message
-        assert _states(manager) == {"one": "absent"}
-        held = manager.stats().quarantined
-        assert held > 0
+        assert f"another process holds {lock_path}" in refused.status.message
+        assert "choose another --worker-id" in refused.status.message
 
         # Under its old name and address, as a supervisor restarts it.
         listen = decoder.address
+        await asyncio.to_thread(second.terminate)
         await asyncio.to_thread(decoder.terminate)
         decoder = await asyncio.to_thread(
             lambda: processes.start_decoder(manager, model=model, worker_id="one", listen=listen)

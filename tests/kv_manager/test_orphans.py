@@ -1,7 +1,8 @@
-"""A lock file that was deleted before a restart of the manager: nothing is freed, and the worker's name can be had again."""
+"""A lock file that was deleted: nothing is freed without proof, its process goes on, and the name of a dead one can be had again."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -106,13 +107,44 @@ def test_whatever_the_first_process_still_says_harms_nobody(make_manager: MakeMa
     manager.check()
 
 
-def test_the_process_itself_is_told_the_file_and_the_fix(make_manager: MakeManager) -> None:
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_the_process_itself_goes_on_with_another_lock_that_proves_its_death_from_then_on(
+    make_manager: MakeManager, is_restarted: bool
+) -> None:
+    manager = make_manager(num_blocks=NUM_BLOCKS)
+    first = manager.worker()
+    manager.acquire(manager.register(first).session, 1, 3)
+    _delete_lock(manager)
+    if is_restarted:
+        manager.crash_and_restart()
+    again = Worker(manager.pool_dir, boot_id=first.boot_id, attempt=first.attempt).lock()
+    session = manager.register(again, {1: [0, 1, 2]}).session
+    assert session.leases[1].blocks == [0, 1, 2]
+    assert manager.lessor.counts()[BlockState.LEASED] == 3
+    first.die()  # the deleted file's lock says nothing any more
+    manager.pass_time(1000)
+    assert manager.lessor.counts()[BlockState.QUARANTINED] == 3
+    manager.check()
+    manager.crash_and_restart()
+    manager.pass_time(1000)
+    assert manager.lessor.counts()[BlockState.QUARANTINED] == 3
+    again.die()
+    manager.pass_time(1)
+    assert _states(manager) == {}
+    assert manager.lessor.counts()[BlockState.FREE] == NUM_BLOCKS
+    manager.check()
+
+
+def test_a_new_lock_without_the_boot_id_is_no_proof_and_the_error_names_the_file_and_the_fix(
+    make_manager: MakeManager,
+) -> None:
     manager = make_manager(num_blocks=NUM_BLOCKS)
     first = manager.worker()
     manager.acquire(manager.register(first).session, 1, 3)
     _delete_lock(manager)
     manager.crash_and_restart()
     again = Worker(manager.pool_dir, boot_id=first.boot_id, attempt=first.attempt).lock()
+    os.ftruncate(again.fd, 0)
     with pytest.raises(LockProofError, match=r"w1\.lock of worker w1 was deleted .* Restart this worker") as caught:
         manager.register(again, {1: [0, 1, 2]})
     assert caught.value.metadata["lock_path"].endswith("/workers/w1.lock")
