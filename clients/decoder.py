@@ -31,6 +31,7 @@ _BASE_DELAY_S = 0.05
 _MAX_DELAY_S = 2.0
 _ABORT_TIMEOUT_S = 1.0
 _TENANT_KEY = "leasehold-tenant"
+_QUEUE_FULL = "QUEUE_FULL"  # the reason of a refusal that concerns one decoder only, as a full pool does not
 
 # CANCELLED is what a gRPC server that stops makes of calls that arrive at that moment: no service of it was asked.
 _OUTAGES = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
@@ -158,6 +159,7 @@ class DecoderClient:
     ) -> AsyncGenerator[Event, None]:
         """Streams one request, and goes on with the tokens it has whenever a decoder is unavailable.
 
+        A new request that finds a decoder's queue full is offered to each of the others once; that all refuse is an ExhaustedError.
         retry_for_s bounds the seconds without a stream since the last token (then DecoderUnavailable), timeout_s the
         whole stream (then DeadlineError); the blocks are leased for `tenant`. Closing or cancelling the iterator cancels
         the request at the decoder.
@@ -181,7 +183,8 @@ class DecoderClient:
                 if progress.done:  # all of it came; the rest of the stream tells nothing more
                     return
                 error = call_error(rpc_error, target)
-                if not await self._may_retry(error, attempt, index, progress.request_id):
+                others_left = retry_for_s > 0 and attempt + 1 < len(self.targets)
+                if not await self._may_retry(error, attempt, index, progress.request_id, others_left):
                     raise error from rpc_error
             else:
                 if progress.done:
@@ -193,9 +196,11 @@ class DecoderClient:
             yield StreamBroken(error, delay_s, self.targets[(index + 1) % len(self.targets)])
             await self._sleep(delay_s, deadline, target)
 
-    async def _may_retry(self, error: CallError, attempt: int, index: int, request_id: str) -> bool:
+    async def _may_retry(self, error: CallError, attempt: int, index: int, request_id: str, others_left: bool) -> bool:
         if error.code in _OUTAGES:
             return True
+        if error.reason == _QUEUE_FULL:
+            return others_left
         if error.code is grpc.StatusCode.ALREADY_EXISTS and attempt > 0:
             # Our own broken stream is still running there: the decoder has not seen yet that its client is gone.
             with contextlib.suppress(grpc.aio.AioRpcError):

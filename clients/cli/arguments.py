@@ -210,7 +210,8 @@ def _add_target_flags(parser: argparse.ArgumentParser) -> None:
         type=values.seconds,
         default=DEFAULT_RETRY_FOR_S,
         metavar="S",
-        help="seconds to go on trying while no decoder is available, counted anew after each token (%(default)g)",
+        help="seconds to go on trying while no decoder is available, counted anew after each token; a full pool or queue is told at "
+        "once (%(default)g)",
     )
 
 

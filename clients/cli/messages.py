@@ -16,7 +16,7 @@ _NO_CONNECTION = re.compile(
 )
 
 _FIXES = {
-    grpc.StatusCode.RESOURCE_EXHAUSTED: "try again later, or give the pool more blocks",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "try again later",
     grpc.StatusCode.DEADLINE_EXCEEDED: "give it longer with --timeout, or ask for fewer tokens with --max-tokens",
 }
 

@@ -24,6 +24,7 @@ from services.serving import AddressError, check_address
 DEFAULT_LISTEN = "127.0.0.1:50051"
 DEFAULT_KV_MANAGER = "127.0.0.1:50050"
 DEFAULT_MAX_SEQS = 32  # twice a burst of 16
+DEFAULT_MAX_WAITING = 1024  # 32 batches: who would wait longer is better told at once
 DEFAULT_KV_CAPACITY = 2048  # tokens; the model's maximum when that is smaller
 DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
 BACKENDS = ("mlx", "native", "cuda")
@@ -56,6 +57,7 @@ class DecoderConfig:
     backend: str  # of BACKENDS, or "auto"
     precision: str | None  # "exact" or "fast"; None: resolve_precision decides
     max_seqs: int
+    max_waiting: int
     kv_capacity: int | None  # tokens; None: resolve_kv_capacity decides
     max_num_batched_tokens: int
     kv_dtype: str  # of KV_DTYPES; "auto": resolve_kv_dtype decides
@@ -97,6 +99,7 @@ def parse_args(argv: Sequence[str]) -> DecoderConfig:
         backend=args.backend,
         precision=args.precision,
         max_seqs=args.max_seqs,
+        max_waiting=args.max_waiting,
         kv_capacity=args.kv_capacity,
         max_num_batched_tokens=args.max_num_batched_tokens,
         kv_dtype=args.kv_dtype,
@@ -238,6 +241,16 @@ def _positive_int(text: str) -> int:
     return value
 
 
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give a whole number of at least 0") from None
+    if not 0 <= value <= _MAX_INT:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; give a whole number from 0 to {_MAX_INT}")
+    return value
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -289,6 +302,14 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive_int,
         default=DEFAULT_MAX_SEQS,
         help="requests in a batch (%(default)s)",
+    )
+    add(
+        "--max-waiting",
+        metavar="N",
+        type=_count,
+        default=DEFAULT_MAX_WAITING,
+        help="requests that wait beyond the batch, each of a request's n samples counted; a new one beyond that is refused at once "
+        "with RESOURCE_EXHAUSTED, one that another decoder had started is not (%(default)s)",
     )
     add(
         "--kv-capacity",

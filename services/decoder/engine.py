@@ -15,11 +15,8 @@ from services.decoder.block_hash import BlockHasher
 from services.decoder.engine_settings import EngineSettings
 from services.decoder.errors import (
     DecoderError,
-    DuplicateRequestError,
     EngineFailedError,
-    InvalidRequestError,
     ManagerUnavailableError,
-    NeverFitsError,
     ShuttingDownError,
 )
 from services.decoder.kv_view import KvView, copy_tokens
@@ -37,6 +34,7 @@ from services.decoder.leases import (
     SealRefused,
     SessionEnded,
 )
+from services.decoder.open_requests import OpenRequests
 from services.decoder.request import (
     Admitted,
     DecodeRequest,
@@ -47,7 +45,6 @@ from services.decoder.request import (
     FinishReason,
     Token,
     TokenLogprobs,
-    request_id_of,
 )
 from services.decoder.sampler import Sampled
 from services.decoder.scheduler import LeaseError, Scheduler
@@ -97,10 +94,7 @@ class Engine:
         self._loaded: Future[LoadedModel] = Future()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._busy_since: float | None = None
-        # Guarded by the lock, because any thread submits: which requests run, and whether new ones are taken.
-        self._lock = threading.Lock()
-        self._request_ids: set[str] = set()
-        self._stopping = False
+        self._open = OpenRequests(settings)
         # The engine's thread only.
         self._scheduler = Scheduler(settings, leases)
         self._buffers = StepBuffers(settings.max_num_batched_tokens)
@@ -121,35 +115,17 @@ class Engine:
 
         The first that runs computes the prompt, and the others take it over; each has a request_id of its own. Raises
         DuplicateRequestError while a request of one of the ids runs, ShuttingDownError after `stop` was called, InvalidRequestError
-        for an empty prompt and NeverFitsError beyond kv_capacity.
+        for an empty prompt, NeverFitsError beyond kv_capacity and QueueFullError beyond max_waiting, unless they are resumed.
         """
-        for request in requests:
-            self._require_fit(request)
-        with self._lock:
-            if self._stopping:
-                raise ShuttingDownError("the decoder is shutting down")
-            for request in requests:
-                if request.request_id in self._request_ids:
-                    raise DuplicateRequestError(
-                        f"request_id: a request {request_id_of(request.request_id)!r} is running; choose another id"
-                    )
-            self._request_ids.update(request.request_id for request in requests)
-            self._inbox.put(_Submit(requests))
+        self._open.add(requests, lambda: self._inbox.put(_Submit(requests)))
 
-    def _require_fit(self, request: DecodeRequest) -> None:
-        if not request.prompt_token_ids:
-            raise InvalidRequestError("prompt", "it is empty; send at least one token")
-        num_tokens = len(request.prompt_token_ids) + request.max_tokens
-        if num_tokens > self._settings.kv_capacity:
-            raise NeverFitsError(
-                f"{len(request.prompt_token_ids)} prompt tokens plus max_tokens {request.max_tokens} exceed the "
-                f"{self._settings.kv_capacity} tokens of one request; shorten them or raise --kv-capacity"
-            )
+    def require_room(self) -> None:
+        """Raises what `submit` would refuse any new request with now: ShuttingDownError or QueueFullError."""
+        self._open.require_room()
 
     def abort(self, request_id: str) -> bool:
         """Cancels a request at the next step boundary (Finished with CANCELLED follows); False: no such request runs."""
-        with self._lock:
-            found = request_id in self._request_ids
+        found = request_id in self._open
         if found:
             self._inbox.put(_Abort(request_id))
         return found
@@ -159,8 +135,7 @@ class Engine:
 
         Every lease is handed to the port for release before it returns.
         """
-        with self._lock:
-            self._stopping = True
+        self._open.close()
         self._inbox.put(_Stop(drain_s))
         if self._thread.ident is not None:
             self._thread.join()
@@ -392,8 +367,7 @@ class Engine:
             return
         # Whoever hears of an end may use the id again at once; what comes of it then is emitted after this.
         ended = {request_id for request_id, event in events if isinstance(event, (Finished, Failed))}
-        with self._lock:
-            self._request_ids -= ended
+        self._open.remove(ended)
         try:
             self._emit(events)
         except Exception:

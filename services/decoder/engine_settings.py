@@ -12,6 +12,7 @@ class EngineSettings:
     """Limits of one engine; raises ConfigError when they contradict each other."""
 
     max_seqs: int = 32  # sequences in a step
+    max_waiting: int = 1024  # samples of new requests beyond those in a step
     kv_capacity: int = 2048  # tokens of one request, prompt plus output; at most the model's maximum
     max_num_batched_tokens: int = 512  # tokens in a step, decode and prefill together
     reserve_full: bool = False  # lease ceil(kv_capacity / block_size) blocks up front, not on demand
@@ -26,6 +27,8 @@ class EngineSettings:
         ):
             if value < 1:
                 raise ConfigError(f"{flag}: {value} is not at least 1")
+        if self.max_waiting < 0:
+            raise ConfigError(f"--max-waiting: {self.max_waiting} is not at least 0")
         if self.max_num_batched_tokens < self.max_seqs:
             raise ConfigError(
                 f"--max-num-batched-tokens: {self.max_num_batched_tokens} is less than --max-seqs {self.max_seqs}, "

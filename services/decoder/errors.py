@@ -12,6 +12,8 @@ class DecoderError(Exception):
     """The root. `reason` is the stable, machine-readable name of the error; the message names the field and the fix."""
 
     reason = "INTERNAL"
+    retry_delay_s: float | None = None  # when to ask again, where that may help
+    quota_subject: str | None = None  # what is used up, where something is
 
 
 class InvalidRequestError(DecoderError):
@@ -50,16 +52,32 @@ class PoolExhaustedError(DecoderError):
         self.status = status
 
 
+class QueueFullError(DecoderError):
+    """As many requests wait at this decoder as may; another one may have room."""
+
+    reason = "QUEUE_FULL"
+    retry_delay_s = 1.0
+    quota_subject = "queue"
+
+    def __init__(self, num_waiting: int, num_new: int, max_waiting: int) -> None:
+        super().__init__(
+            f"{num_waiting} requests wait for a seat in the batch, and with {num_new} more they would be beyond --max-waiting "
+            f"{max_waiting}: ask later, or another decoder; add a decoder, or raise --max-waiting and let them wait longer"
+        )
+
+
 class ManagerUnavailableError(DecoderError):
     """The KV manager is away, and the request needs it."""
 
     reason = "MANAGER_UNAVAILABLE"
+    retry_delay_s = 1.0
 
 
 class ShuttingDownError(DecoderError):
     """The decoder is stopping; another one, or a restarted one, can take the request over."""
 
     reason = "SHUTTING_DOWN"
+    retry_delay_s = 1.0
 
 
 class DuplicateRequestError(DecoderError):
@@ -90,6 +108,7 @@ _CODES: dict[type[DecoderError], grpc.StatusCode] = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
     NotServedError: grpc.StatusCode.UNIMPLEMENTED,
     NeverFitsError: grpc.StatusCode.OUT_OF_RANGE,
+    QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ManagerUnavailableError: grpc.StatusCode.UNAVAILABLE,
     ShuttingDownError: grpc.StatusCode.UNAVAILABLE,
     DuplicateRequestError: grpc.StatusCode.ALREADY_EXISTS,
@@ -106,5 +125,6 @@ def to_status(error: DecoderError) -> status_pb2.Status:
         str(error),
         reason=error.reason,
         field=getattr(error, "field", None),
-        retry_delay_s=1.0 if isinstance(error, (ManagerUnavailableError, ShuttingDownError)) else None,
+        quota_subject=error.quota_subject,
+        retry_delay_s=error.retry_delay_s,
     )

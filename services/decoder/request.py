@@ -54,6 +54,7 @@ class DecodeRequest:
     priority: int = 0
     tenant: str = ""
     age_ticket: int | None = None
+    is_resumed: bool = False  # a decoder had started it before; never refused for want of room in the queue
 
     @property
     def log_ids(self) -> dict[str, str | int]:

@@ -94,6 +94,7 @@ class RequestParser:
             tenant=tenant,
             # 0 is what `started` tells when there is no manager.
             age_ticket=(request.resume.age_ticket or None) if resumed else None,
+            is_resumed=resumed,
         )
         return ParsedRequest(
             tuple(

@@ -103,6 +103,7 @@ class DecoderService:
             await leases.hold_lock()
         settings = EngineSettings(
             max_seqs=config.max_seqs,
+            max_waiting=config.max_waiting,
             kv_capacity=kv_capacity,
             max_num_batched_tokens=config.max_num_batched_tokens,
             reserve_full=config.reserve_full,

@@ -29,6 +29,7 @@ class EngineLike(Protocol):
     """What the servicer needs of the engine."""
 
     def submit(self, *requests: DecodeRequest) -> None: ...
+    def require_room(self) -> None: ...
     def abort(self, request_id: str) -> bool: ...
 
 
@@ -57,6 +58,8 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
         """Streams one request; whatever ends it, the engine ends it too."""
         meter = self._figures.request()
         try:
+            if not request.HasField("resume"):
+                self._engine.require_room()  # a full decoder does not tokenize what it will refuse
             # Long texts take long to tokenize, and other streams must not wait for that.
             parsed = await asyncio.to_thread(self._parser.parse, request, _tenant(context))
             await self._stream(parsed, context, meter)

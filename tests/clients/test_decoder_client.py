@@ -226,6 +226,35 @@ async def test_a_full_pool_says_when_to_come_back(serve_decoder: Serve) -> None:
     assert caught.value.details.retry_delay_s == 1.5
 
 
+@pytest.mark.parametrize("num_full", [1, 2])
+async def test_a_full_queue_is_one_decoders_and_each_of_the_others_is_asked_once(
+    serve_decoder: Serve, num_full: int
+) -> None:
+    decoders = [FakeDecoder(ANSWER), FakeDecoder(ANSWER)]
+    for decoder in decoders[:num_full]:
+        decoder.refusal = (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", "")
+    targets = [await serve_decoder(decoder) for decoder in decoders]
+    async with DecoderClient(targets, waiting=FakeTime().waiting()) as client:
+        if num_full == 1:
+            assert text_of(await collect(client.generate(REQUEST))) == ANSWER.text
+        else:
+            with pytest.raises(ExhaustedError) as caught:
+                await collect(client.generate(REQUEST))
+            assert caught.value.details.retry_delay_s == 1.5
+    assert [len(decoder.requests) for decoder in decoders] == [1, 1]
+
+
+async def test_a_full_queue_is_told_at_once_where_no_other_decoder_may_be_asked(serve_decoder: Serve) -> None:
+    decoders = [FakeDecoder(ANSWER), FakeDecoder(ANSWER)]
+    decoders[0].refusal = (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", "")
+    targets = [await serve_decoder(decoder) for decoder in decoders]
+    for wanted, retry_for_s in ((targets[:1], 60.0), (targets, 0.0)):
+        async with DecoderClient(wanted) as client:
+            with pytest.raises(ExhaustedError):
+                await collect(client.generate(REQUEST, retry_for_s=retry_for_s))
+    assert decoders[1].requests == []
+
+
 async def test_its_own_ghost_is_aborted_and_waited_for(serve_decoder: Serve) -> None:
     decoder = FakeDecoder(ANSWER, cuts=[2])
     async with DecoderClient(await serve_decoder(decoder), waiting=FakeTime().waiting()) as client:

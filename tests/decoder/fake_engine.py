@@ -32,6 +32,7 @@ class FakeEngine:
     submitted: list[DecodeRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     refusal: DecoderError | None = None
+    fullness: DecoderError | None = None
     on_submit: Callable[[DecodeRequest], None] = lambda request: None
 
     def submit(self, *requests: DecodeRequest) -> None:
@@ -40,6 +41,10 @@ class FakeEngine:
         self.submitted.extend(requests)
         for request in requests:
             self.on_submit(request)
+
+    def require_room(self) -> None:
+        if self.fullness is not None:
+            raise self.fullness
 
     def abort(self, request_id: str) -> bool:
         self.aborted.append(request_id)

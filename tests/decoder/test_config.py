@@ -23,6 +23,7 @@ def test_the_defaults_are_those_of_the_design(model_dir: Path) -> None:
     assert parsed.model == model_dir.resolve()
     assert (parsed.listen, parsed.kv_manager) == ("127.0.0.1:50051", "127.0.0.1:50050")
     assert parsed.max_seqs == 32, "row S9"
+    assert parsed.max_waiting == 1024
     assert (parsed.backend, parsed.kv_dtype, parsed.kv_layout, parsed.kv_capacity) == ("auto", "auto", "hnd", None)
     assert parsed.paged, "row S7: paged unless told otherwise"
     assert not parsed.reserve_full, "row S21: on demand"
@@ -53,6 +54,8 @@ def test_row_s6_a_bad_capacity_is_refused_at_start_with_the_reason(model_dir: Pa
     ("flags", "message"),
     [
         (["--max-seqs", "0"], r"^--max-seqs: 0 is out of range; give"),
+        (["--max-waiting", "-1"], r"^--max-waiting: -1 is out of range; give a whole number from 0"),
+        (["--max-waiting", "some"], r"^--max-waiting: 'some' is not a number; give a whole number"),
         (["--max-num-batched-tokens", "x"], r"^--max-num-batched-tokens: 'x' is not a number; give"),
         (["--max-num-batched-tokens", "16"], r"^--max-num-batched-tokens: 16 is less than --max-seqs 32.*raise it"),
         (["--listen", "nowhere"], r"^--listen: 'nowhere' is not an address; write HOST:PORT"),

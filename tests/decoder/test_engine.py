@@ -278,11 +278,19 @@ def test_stop_without_time_fails_what_runs_and_releases_everything(leases: Poole
         harness.model.until_held()
         stopping = threading.Thread(target=harness.engine.stop, args=(0.0,))
         stopping.start()
-        poll(lambda: harness.engine._stopping)
+        poll(lambda: _refuses_all(harness.engine))
         harness.model.gate.set()
         stopping.join()
         assert isinstance(harness.outcomes["cut off"].error, ShuttingDownError)
     assert len(leases.free) == 256
+
+
+def _refuses_all(engine: Engine) -> bool:
+    try:
+        engine.require_room()
+    except ShuttingDownError:
+        return True
+    return False
 
 
 def test_busy_ms_is_the_age_of_the_step(leases: PooledLeases) -> None:

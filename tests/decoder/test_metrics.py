@@ -11,7 +11,7 @@ import structlog
 
 from protos import decoder_pb2 as pb
 from services.decoder.engine import Engine, EngineSettings, LoadedModel
-from services.decoder.errors import EngineFailedError
+from services.decoder.errors import EngineFailedError, QueueFullError
 from services.decoder.lease_watch import LeaseMeter, LeaseWatch
 from services.decoder.leases import KvGeometry, LeaseGranted, LeaseRevoked
 from services.decoder.metrics import DecoderCollector
@@ -78,8 +78,9 @@ def test_a_request_that_is_over_before_it_was_admitted_leaves_no_gauge(clock: Ti
     waiting, refused = figures.request(), figures.request()
     waiting.submit(1)
     waiting.end("disconnected")
-    refused.end("refused", EngineFailedError("x"))
+    refused.end("refused", QueueFullError(1, 1, 1))
     assert (figures.num_waiting, figures.num_running) == (0, 0)
+    assert figures.errors == {"QUEUE_FULL": 1}
 
 
 def test_asks_for_blocks_are_timed_until_their_answer(clock: Ticks) -> None:

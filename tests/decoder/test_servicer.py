@@ -21,6 +21,7 @@ from services.decoder.errors import (
     EngineFailedError,
     ManagerUnavailableError,
     PoolExhaustedError,
+    QueueFullError,
     ShuttingDownError,
 )
 from services.decoder.event_router import EventRouter
@@ -285,6 +286,7 @@ def _exhausted() -> PoolExhaustedError:
         (DuplicateRequestError("request_id: taken"), grpc.StatusCode.ALREADY_EXISTS, None),
         (EngineFailedError("a step failed"), grpc.StatusCode.INTERNAL, None),
         (_exhausted(), grpc.StatusCode.RESOURCE_EXHAUSTED, 0.5),
+        (QueueFullError(3, 1, 3), grpc.StatusCode.RESOURCE_EXHAUSTED, 1.0),
     ],
 )
 async def test_row_s30_the_caller_always_gets_the_error(
@@ -302,6 +304,18 @@ async def test_row_s30_the_caller_always_gets_the_error(
         got, status = await failure(harness.generate(request_id="r"))
         assert (got, error_info(status).reason) == (code, error.reason)
     assert harness.engine.aborted == [], "the engine has ended it by itself"
+
+
+async def test_a_full_queue_refuses_before_a_prompt_is_read_but_never_a_resumed_stream(harness: Harness) -> None:
+    harness.engine.fullness = QueueFullError(3, 1, 3)
+    code, status = await failure(harness.generate(sampling=pb.SamplingParams(temperature=-1)))
+    assert (code, error_info(status).reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    assert "--max-waiting 3" in status.message
+    assert any(detail.Is(error_details_pb2.QuotaFailure.DESCRIPTOR) for detail in status.details)
+    assert harness.engine.submitted == []
+    harness.answer_with([Admitted(0, 6), Finished(FinishReason.LENGTH, 2, 0)])
+    parts(await harness.generate(resume=_resume(ids_of("he"), "he")))
+    assert [request.is_resumed for request in harness.engine.submitted] == [True]
 
 
 async def test_tokens_of_before_a_failure_are_delivered(harness: Harness) -> None:
