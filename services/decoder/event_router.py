@@ -48,9 +48,9 @@ class EventRouter:
         self._queues[request_id] = None
         return True
 
-    async def until_ended(self, sample_ids: Sequence[str]) -> None:
-        """Returns when the engine has ended all of these, and their ids are free."""
-        while any(sample_id in self._queues for sample_id in sample_ids):
+    async def until_let_go(self, sample_ids: Sequence[str]) -> None:
+        """Returns when the engine has ended whatever of these nobody listens to any more: at its next step boundary."""
+        while any(sample_id in self._queues and self._queues[sample_id] is None for sample_id in sample_ids):
             await self._some_ended.wait()
 
     def _deliver(self, events: Sequence[tuple[str, Event]]) -> None:

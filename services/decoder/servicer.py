@@ -98,9 +98,11 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
                 await context.write(response)
             meter.end("stop")
             return
+        sample_ids = [request.request_id for request in requests]
+        # A stream is over for its client before the engine has ended it: whoever uses the id again at once is not refused for that.
+        await self._router.until_let_go(sample_ids)
         if first.request_id in self._running:  # with other samples than its first, perhaps: the router knows those only
             raise DuplicateRequestError(f"request_id: a request {first.request_id!r} is running; choose another id")
-        sample_ids = [request.request_id for request in requests]
         events = self._router.open(sample_ids)
         try:
             self._engine.submit(*requests)
@@ -133,8 +135,6 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
                 **({} if len(sample_ids) == 1 else {"num_samples": len(sample_ids)}),
             )
         if stream.error is not None:
-            # Its other samples end at the next step boundary: whoever asks again at once must find the id free.
-            await self._router.until_ended(sample_ids)
             await _abort_call(context, stream.error)
 
     def _end_samples(self, sample_ids: Iterable[str]) -> None:

@@ -143,11 +143,36 @@ async def test_a_stop_string_ends_the_request_and_drops_later_tokens(harness: Ha
     assert (finished.reason, finished.stop_string) == (pb.FINISH_REASON_STOP, "TO")
     assert finished.num_output_tokens == len(received) < len(ids)
     await until(lambda: harness.engine.aborted == ["r"])
-    # The id is free again as soon as the engine has let go of it.
-    harness.router.emit([("r", Finished(FinishReason.CANCELLED, len(ids), 0))])
-    harness.answer_with([Admitted(0, None), Finished(FinishReason.LENGTH, 0, 0)])
-    _, deltas, _ = parts(await harness.generate(request_id="r"))
-    assert deltas == []
+
+
+async def test_the_id_of_a_stream_that_a_stop_string_ended_may_be_used_at_once(harness: Harness) -> None:
+    """Although the engine ends it at its next step boundary: until then the new one waits, and hears nothing of the old one."""
+    harness.answer_with([Admitted(0, None)], tokens(ids_of("abSTOPhe")))
+    parts(await harness.generate(request_id="r", stop=pb.StopConditions(strings=["TO"])))
+    harness.answer_with([Admitted(0, None), *tokens(ids_of("new")), Finished(FinishReason.LENGTH, 3, 0)])
+    again = asyncio.create_task(harness.generate(request_id="r"))
+    await harness.generate(request_id="meanwhile")
+    assert [request.request_id for request in harness.engine.submitted] == ["r", "meanwhile"]
+    harness.router.emit([("r", event) for event in tokens(ids_of("old"), 8)])
+    harness.router.emit([("r", Finished(FinishReason.CANCELLED, 11, 0))])
+    _, deltas, _ = parts(await again)
+    assert "".join(delta.text for delta in deltas) == "new"
+
+
+async def test_of_two_that_wait_for_the_same_id_one_gets_it(harness: Harness) -> None:
+    harness.answer_with([Admitted(0, None)], tokens(ids_of("abSTOPhe")))
+    parts(await harness.generate(request_id="r", stop=pb.StopConditions(strings=["TO"])))
+    harness.answer_with([Admitted(0, None)])
+    request = pb.GenerateRequest(request_id="r", token_ids=pb.TokenIds(ids=[1]))
+    calls = [harness.stub.Generate(request, timeout=TIMEOUT_S) for _ in range(2)]
+    reads = [asyncio.ensure_future(call.read()) for call in calls]
+    harness.answer_with([Admitted(0, None)])
+    await harness.stub.GetModelInfo(pb.GetModelInfoRequest())
+    harness.router.emit([("r", Finished(FinishReason.CANCELLED, 8, 0))])
+    done = await asyncio.wait_for(asyncio.gather(*reads, return_exceptions=True), TIMEOUT_S)
+    refused = [result for result in done if isinstance(result, grpc.aio.AioRpcError)]
+    assert [error.code() for error in refused] == [grpc.StatusCode.ALREADY_EXISTS]
+    assert len(harness.engine.submitted) == 2
 
 
 async def test_text_held_back_for_a_stop_string_comes_at_the_end(harness: Harness) -> None:

@@ -71,10 +71,16 @@ async def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_crowd(pair: Pa
     assert alone.finished.reason == pb.FINISH_REASON_LENGTH
 
 
+def _stops_at_a_string(request_id: str) -> pb.GenerateRequest:
+    return chat("Repeat: zebra-4821", request_id=request_id, stop=pb.StopConditions(strings=["-48"]))
+
+
 async def test_stop_strings_logprobs_and_tokenize(pair: Pair) -> None:
     async with stub_of(pair.decoder.address) as stub:
         stopped = await receive(stub, chat("Repeat: zebra-4821", stop=pb.StopConditions(strings=["-48"]), logprobs=3))
         ids = list((await stub.Tokenize(pb.TokenizeRequest(chat=chat("Repeat: zebra-4821").chat))).ids)
+        again = [await receive(stub, _stops_at_a_string("again")) for _ in range(10)]
+    assert [one.text for one in again] == ["zebra"] * 10, "the id is free when the stream is over"
     assert stopped.text == "zebra"
     assert (stopped.finished.reason, stopped.finished.stop_string) == (pb.FINISH_REASON_STOP, "-48")
     assert ids == list(stopped.started.prompt_token_ids)
