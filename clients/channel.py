@@ -16,7 +16,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_pings_without_data", 0),
     # The client retries by itself, with the tokens it has; gRPC's own back-off (up to two minutes) would only hold it up.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 250),
     ("grpc.min_reconnect_backoff_ms", 5_000),  # despite its name: how long one connection attempt may take
     ("grpc.enable_retries", 0),
     # A peer is dialled as it is named: no proxy from the environment, no connection shared with another channel.
@@ -41,6 +41,18 @@ def check_target(target: str) -> str:
             f"{target!r} is not an address; write HOST:PORT with a port of 1 to 65535, as in 127.0.0.1:50051, or unix:PATH"
         )
     return target
+
+
+async def connected_anew(channel: grpc.aio.Channel) -> None:
+    """Returns when a channel that is not connected now, or that loses its connection, is connected; it dials all the while."""
+    was_away = False
+    while True:
+        state = channel.get_state(try_to_connect=True)
+        if state is not grpc.ChannelConnectivity.READY:
+            was_away = True
+        elif was_away:
+            return
+        await channel.wait_for_state_change(state)
 
 
 def open_channel(target: str) -> grpc.aio.Channel:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 
-from clients.channel import open_channel
+from clients.channel import connected_anew, open_channel
 from clients.errors import CallError, DeadlineError, DecoderUnavailable, ErrorDetails, ProtocolError, call_error
 from clients.events import Event, StreamBroken, Tokens
 from clients.progress import StreamProgress
@@ -29,6 +29,7 @@ DEFAULT_CALL_TIMEOUT_S = 10.0
 
 _BASE_DELAY_S = 0.05
 _MAX_DELAY_S = 2.0
+_SPREAD_S = 0.1  # over which the streams return that waited for one decoder
 _ABORT_TIMEOUT_S = 1.0
 _TENANT_KEY = "leasehold-tenant"
 _QUEUE_FULL = "QUEUE_FULL"  # the reason of a refusal that concerns one decoder only, as a full pool does not
@@ -194,7 +195,8 @@ class DecoderClient:
                 call.cancel()
             delay_s = outage.failed(error)
             yield StreamBroken(error, delay_s, self.targets[(index + 1) % len(self.targets)])
-            await self._sleep(delay_s, deadline, target)
+            left_s = self._left_s(deadline, target)
+            await self._wait(delay_s if left_s is None else min(delay_s, left_s), index + 1)
 
     async def _may_retry(self, error: CallError, attempt: int, index: int, request_id: str, others_left: bool) -> bool:
         if error.code in _OUTAGES:
@@ -221,7 +223,7 @@ class DecoderClient:
             delay_s = outage.failed(error)
             if self._on_unary_retry is not None:
                 self._on_unary_retry(StreamBroken(error, delay_s, self.targets[(index + 1) % len(self.targets)]))
-            await self._waiting.sleep(delay_s)
+            await self._wait(delay_s, index + 1)
         raise AssertionError("unreachable: count() is endless")
 
     def _left_s(self, deadline: float | None, target: str) -> float | None:
@@ -232,9 +234,18 @@ class DecoderClient:
             raise _own_deadline(target)
         return left_s
 
-    async def _sleep(self, delay_s: float, deadline: float | None, target: str) -> None:
-        left_s = self._left_s(deadline, target)
-        await self._waiting.sleep(delay_s if left_s is None else min(delay_s, left_s))
+    async def _wait(self, most_s: float, index: int) -> None:
+        """Returns after most_s seconds, or soon after the target of that number came back: a restart is not slept through."""
+        sleeping = asyncio.ensure_future(self._waiting.sleep(most_s))
+        back = asyncio.ensure_future(connected_anew(self._channels[index % len(self.targets)]))
+        try:
+            await asyncio.wait({sleeping, back}, return_when=asyncio.FIRST_COMPLETED)
+            if not sleeping.done():
+                back.result()
+                await self._waiting.sleep(min(most_s, self._waiting.uniform(0, _SPREAD_S)))
+        finally:
+            sleeping.cancel()
+            back.cancel()
 
 
 def _own_deadline(target: str) -> DeadlineError:
