@@ -52,13 +52,10 @@ class Director:
                 await (self.manager.flush() if fault.kind is Kind.FLUSH else self.manager.scrub())
             return
         if fault.kind in (Kind.PAUSE, Kind.HANG, Kind.HANG_KILL):
-            before = await self.manager.stats() if name == MANAGER else None
             self._stop(name)
             await (self._while_it_lasts(fault) if fault.kind is Kind.PAUSE else self._past_the_ttl(name))
         if fault.kind in (Kind.PAUSE, Kind.HANG):
             self._go_on(name)
-            if before is not None:
-                await self._require_nobody_revoked(before.num_revoked)
             return
         self.stopped.discard(name)
         if fault.kind is Kind.TERMINATE:
@@ -75,18 +72,6 @@ class Director:
     def _go_on(self, name: str) -> None:
         self.stopped.discard(name)
         self.host.send(name, signal.SIGCONT)
-
-    async def _require_nobody_revoked(self, num_before: int) -> None:
-        """The manager's clock has made a leap, and nobody could be heard meanwhile: that is no decoder's silence."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + TTL_S
-        while not self.stopped:
-            stats = await self.manager.stats()
-            if loop.time() > end:  # by now a decoder may have been silent for long enough
-                return
-            revoked = 0 if stats is None else stats.num_revoked
-            assert revoked <= num_before, "a manager that was stopped revoked a decoder when it went on"
-            await asyncio.sleep(_POLL_S)
 
     async def _while_it_lasts(self, fault: Fault) -> None:
         with suppress(TimeoutError):

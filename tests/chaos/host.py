@@ -159,4 +159,4 @@ class ManagerView:
 
     async def leases(self) -> pb.ListLeasesResponse:
         """Who holds what."""
-        return await self._stub.ListLeases(pb.ListLeasesRequest(), timeout=5.0)
+        return await self._stub.ListLeases(pb.ListLeasesRequest(), timeout=10.0)

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +34,8 @@ _GRPC_AT_ITS_END = re.compile(
     r"Traceback \(most recent call last\):\n  File .*_schedule_rpc_coro\nasyncio\.exceptions\.CancelledError\n"
 )
 
+_SILENT = re.compile(r"silent for ([0-9.]+) s$")
+
 MANAGER_SERVICE = "leasehold.v1.KVManager"
 DECODER_SERVICE = "leasehold.v1.Decoder"
 
@@ -44,6 +46,12 @@ def until(condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE
     while not condition():
         assert time.monotonic() < end, f"{what}: not within {deadline_s} s"
         time.sleep(0.02)
+
+
+def silent_s(revoked: Mapping[str, Any]) -> float:
+    """For how many seconds the worker had been silent whose revocation this line of the manager's log tells; 0: it was hung."""
+    silent = _SILENT.match(revoked["why"])
+    return float(silent[1]) if silent else 0.0
 
 
 @dataclass
@@ -112,7 +120,7 @@ class Manager(Service):
         """Block counts, as it tells them."""
         with grpc.insecure_channel(self.address) as channel:
             stub = kv_manager_pb2_grpc.KVManagerStub(channel)
-            return stub.Stats(kv_manager_pb2.StatsRequest(), timeout=10.0)
+            return stub.Stats(kv_manager_pb2.StatsRequest(), timeout=DEADLINE_S)
 
     def wait_all_free(self) -> None:
         """Returns when nobody holds a block and no lease is left; raises AssertionError otherwise. Cached blocks are free to take."""
@@ -140,6 +148,15 @@ class Decoder(Service):
     """A decoder."""
 
     worker_id: str = ""
+    hold_until: Path = Path()  # of one that holds still, see held_decoder.py
+
+    def wait_held(self) -> None:
+        """Returns when it holds still in the midst of its streams."""
+        until(lambda: bool(self.events("held")), "the decoder holds still")
+
+    def go_on(self) -> None:
+        """Lets it compute again."""
+        self.hold_until.touch()
 
     def stub(self, channel: grpc.aio.Channel) -> Any:
         """Its service, over a channel of the caller's."""
@@ -192,14 +209,24 @@ class Processes:
         worker_id: str | None = None,
         backend: str = "mlx",
         wait: bool = True,
+        hold_at: int | None = None,
     ) -> Decoder:
-        """A decoder; without a manager it runs with --no-paged. With wait=False it may still be starting, or fail."""
+        """A decoder; without a manager it runs with --no-paged. With wait=False it may still be starting, or fail.
+
+        With hold_at it holds still when it has made so many tokens, until `go_on` is called.
+        """
         worker_id = worker_id or f"worker-{len(self._services)}"
         address = manager.address if isinstance(manager, Manager) else manager
         leases = ("--no-paged",) if address is None else ("--kv-manager", address)
         named = ("--model", str(model), "--listen", listen, "--worker-id", worker_id, "--backend", backend)
-        process, log_path = self._spawn("services.decoder", (*named, *leases, *flags))
-        decoder = Decoder(process, log_path, DECODER_SERVICE, worker_id=worker_id)
+        module = "services.decoder"
+        holds: tuple[str, ...] = ()
+        hold_until = self._directory / f"go-on-{len(self._services)}"
+        if hold_at is not None:
+            module = "tests.e2e.held_decoder"
+            holds = ("--hold-at", str(hold_at), "--hold-until", str(hold_until))
+        process, log_path = self._spawn(module, (*named, *leases, *flags, *holds))
+        decoder = Decoder(process, log_path, DECODER_SERVICE, worker_id=worker_id, hold_until=hold_until)
         self._services.append(decoder)
         if wait:
             decoder.wait_serving()

@@ -16,6 +16,8 @@ from protos import decoder_pb2_grpc
 from protos.rich_status import error_info
 
 TIMEOUT_S = 60.0
+# For a request that its deadline is to end after its first tokens: they come within the first of these but on a starved machine.
+DEADLINES_S = (0.5, 2.0, 5.0)
 
 
 @dataclass

@@ -20,10 +20,11 @@ import pytest
 
 from clients.checkpoints import find_model
 from clients.decoder import DecoderClient
-from clients.events import StreamResumed, Tokens
 from clients.kv_manager import KvManagerClient
+from clients.processes import DECODER_SERVICE, ServiceProcess
 from clients.stack import Stack, StackConfig
 from protos import decoder_pb2 as pb
+from tests.e2e.followed import follow
 
 pytest.importorskip("mlx.core")
 
@@ -114,6 +115,7 @@ def running() -> Iterator[Running]:
 def test_generate_answers_and_every_block_is_free_again(running: Running) -> None:
     done = running.generate("--prompt", "Repeat: zebra-4821")
     assert (done.returncode, done.stdout) == (0, "zebra-4821\n")
+    asyncio.run(all_released(running.manager))  # a moment after its end
     status = running.status()
     assert status["num_blocks"] == 256
     assert (status["kv_dtype"], status["kv_layout"]) == ("int8", "nhd")
@@ -254,7 +256,14 @@ async def test_a_stream_survives_the_death_of_its_decoder_exactly(tmp_path: Path
     config = StackConfig(
         find_model("demo"), tmp_path, num_decoders=2, manager_port=0, decoder_port=0, decoder_flags=_BACKEND
     )
-    stack = Stack(config, lambda name, line: None)
+    held = asyncio.Event()
+    stack = Stack(config, lambda name, line: held.set() if '"event": "held"' in line else None)
+    first = stack.decoders[0]
+    flags = ("--model", str(config.model), "--kv-manager", stack.manager.address, *_BACKEND)
+    holds = ("--hold-at", "10", "--hold-until", str(tmp_path / "never"))
+    stack.decoders[0] = ServiceProcess(
+        first.name, DECODER_SERVICE, first.address, "tests.e2e.held_decoder", (*flags, *holds)
+    )
     request = pb.GenerateRequest(
         chat=pb.Chat(messages=[pb.ChatMessage(role="user", content=STORY)]),
         sampling=pb.SamplingParams(temperature=0.8, seed=5),
@@ -262,26 +271,17 @@ async def test_a_stream_survives_the_death_of_its_decoder_exactly(tmp_path: Path
     )
     try:
         await stack.start()
-        whole: list[Tokens] = []
         async with DecoderClient(stack.decoder_addresses[1]) as client:
-            async for event in client.generate(request):
-                if isinstance(event, Tokens):
-                    whole.append(event)
-        parts: list[Tokens] = []
-        resumed: list[StreamResumed] = []
+            whole = await follow(client, request)
         async with DecoderClient(stack.decoder_addresses) as client:
-            async for event in client.generate(request):
-                if isinstance(event, Tokens):
-                    parts.append(event)
-                    if len(parts) == 10:
-                        stack.decoders[0].send_signal(signal.SIGKILL)
-                elif isinstance(event, StreamResumed):
-                    resumed.append(event)
+            running = asyncio.create_task(follow(client, request))
+            await held.wait()
+            stack.decoders[0].send_signal(signal.SIGKILL)
+            stream = await running
     finally:
         await stack.stop()
-    assert [event.exact for event in resumed] == [True]
-    assert [i for e in parts for i in e.token_ids] == [i for e in whole for i in e.token_ids]
-    assert "".join(e.text for e in parts) == "".join(e.text for e in whole)
+    assert [event.exact for event in stream.resumed] == [True]
+    assert (stream.token_ids, stream.text) == (whole.token_ids, whole.text)
 
 
 def test_the_demo_answers_everything_right_and_stops_by_itself() -> None:
@@ -311,6 +311,7 @@ def test_a_repeated_prompt_hits_and_scrub_and_flush_say_what_they_did(running: R
     again = json.loads(running.generate(*flags).stdout)
     assert again["token_ids"] == first["token_ids"]
     assert again["num_cached_tokens"] == 64  # whole blocks before the last token
+    asyncio.run(all_released(running.manager))
     status = running.status()
     assert status["cached"] >= 4
     assert status["hit_rate"] > 0

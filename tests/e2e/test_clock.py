@@ -20,7 +20,7 @@ from clients.decoder import DecoderClient
 from protos import kv_manager_pb2, kv_manager_pb2_grpc
 from tests.decoder.tiny_models import TinyConfig, write_tiny_checkpoint
 from tests.e2e.followed import Followed, Pace, follow, token_request
-from tests.e2e.processes import ROOT, Manager, Processes, until
+from tests.e2e.processes import DEADLINE_S, ROOT, Manager, Processes, silent_s, until
 
 DAY_S = 86_400
 # What a chat template calls today.
@@ -109,14 +109,15 @@ async def test_a_wall_clock_that_jumps_revokes_nobody_else_than_the_silent_and_c
     assert [stream.token_ids for stream in streams] == [stream.token_ids for stream in expected]
     assert not any(stream.broken for stream in streams)
     manager.wait_all_free()
-    assert manager.stats().num_revoked == 0
-    assert _states(manager) == ["live"]
+    # A busy machine may keep it silent for longer than the TTL, but nothing keeps it silent for a day.
+    assert all(silent_s(event) < DAY_S / 2 for event in manager.events("revoked"))
+    until(lambda: _states(manager) == ["live"], "the decoder has a session")
     # Nor does a clock that is put back keep a decoder that is silent alive.
     decoder.process.send_signal(signal.SIGSTOP)
     jump(-5 * DAY_S)
-    until(lambda: _states(manager) == ["revoked"], "the stopped decoder is revoked", 20.0)
+    until(lambda: _states(manager) == ["revoked"], "the stopped decoder is revoked")
     decoder.process.send_signal(signal.SIGCONT)
-    until(lambda: _states(manager) == ["live"], "the decoder has its session back", 20.0)
+    until(lambda: _states(manager) == ["live"], "the decoder has its session back")
 
 
 async def _all(client: DecoderClient, requests: list[object], pace: Pace | None = None) -> list[Followed]:
@@ -126,5 +127,5 @@ async def _all(client: DecoderClient, requests: list[object], pace: Pace | None 
 def _states(manager: Manager) -> list[str]:
     with grpc.insecure_channel(manager.address) as channel:
         stub = kv_manager_pb2_grpc.KVManagerStub(channel)
-        listed = stub.ListLeases(kv_manager_pb2.ListLeasesRequest(), timeout=10.0)
+        listed = stub.ListLeases(kv_manager_pb2.ListLeasesRequest(), timeout=DEADLINE_S)
     return [session.state for session in listed.sessions]

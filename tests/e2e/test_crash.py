@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import signal
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from protos import kv_manager_pb2, kv_manager_pb2_grpc
 from tests.decoder.tiny_models import TinyConfig, write_tiny_checkpoint
 from tests.e2e.followed import Followed, Pace, follow, token_request
 from tests.e2e.pool_files import check_pool_files
-from tests.e2e.processes import Decoder, Manager, Processes, until
+from tests.e2e.processes import DEADLINE_S, Decoder, Manager, Processes, until
 
 NUM_STREAMS = 16
 NUM_TOKENS = 100
@@ -56,9 +57,11 @@ async def _undisturbed(decoder: Decoder, requests: Sequence[pb.GenerateRequest])
     return [stream.token_ids for stream in streams]
 
 
-async def _start_decoder_again(processes: Processes, manager: Manager, model: Path, last: Decoder) -> Decoder:
+async def _start_decoder_again(
+    processes: Processes, manager: Manager, model: Path, last: Decoder, hold_at: int | None = None
+) -> Decoder:
     """The same worker at the same address, while the streams of the test go on."""
-    where: dict[str, Any] = {"model": model, "worker_id": last.worker_id, "listen": last.address}
+    where: dict[str, Any] = {"model": model, "worker_id": last.worker_id, "listen": last.address, "hold_at": hold_at}
     return await asyncio.to_thread(lambda: processes.start_decoder(manager, *FLAGS, **where))
 
 
@@ -80,7 +83,7 @@ def _scrub(manager: Manager) -> kv_manager_pb2.ScrubProgress:
 def _leases(manager: Manager, worker_id: str) -> kv_manager_pb2.ListLeasesResponse:
     with grpc.insecure_channel(manager.address) as channel:
         stub = kv_manager_pb2_grpc.KVManagerStub(channel)
-        return stub.ListLeases(kv_manager_pb2.ListLeasesRequest(worker_id=worker_id), timeout=10.0)
+        return stub.ListLeases(kv_manager_pb2.ListLeasesRequest(worker_id=worker_id), timeout=DEADLINE_S)
 
 
 def _blocks_of(manager: Manager, worker_id: str) -> set[int]:
@@ -106,16 +109,18 @@ async def test_a_decoder_killed_again_and_again_changes_no_stream_and_little_is_
 ) -> None:
     rng = random.Random(seed)
     manager = processes.start_manager(num_blocks=NUM_BLOCKS)
-    decoder = processes.start_decoder(manager, *FLAGS, model=model, worker_id="one")
     requests = _requests(rng)
+    first, *later = sorted(rng.sample(range(1, NUM_STREAMS * NUM_TOKENS * 3 // 4), 3))
+    decoder = processes.start_decoder(
+        manager, *FLAGS, model=model, worker_id="one", hold_at=NUM_STREAMS * NUM_TOKENS + first
+    )
     expected = await _undisturbed(decoder, requests)
-    pace = Pace()
     async with DecoderClient(decoder.address) as client:
-        running = [asyncio.create_task(follow(client, request, pace=pace)) for request in requests]
-        for moment in sorted(rng.sample(range(NUM_STREAMS * NUM_TOKENS * 3 // 4), 3)):
-            await pace.reach(moment)
+        running = [asyncio.create_task(follow(client, request)) for request in requests]
+        for since_last in (*(b - a for a, b in itertools.pairwise((first, *later))), None):
+            await asyncio.to_thread(decoder.wait_held)
             await asyncio.to_thread(decoder.kill)
-            decoder = await _start_decoder_again(processes, manager, model, decoder)
+            decoder = await _start_decoder_again(processes, manager, model, decoder, since_last)
         streams = await asyncio.gather(*running)
     assert [stream.token_ids for stream in streams] == expected
     resumed = [(request, stream) for request, stream in zip(requests, streams, strict=True) if stream.resumed]
@@ -132,17 +137,23 @@ async def test_a_manager_killed_under_load_breaks_no_stream_and_its_sealed_block
 ) -> None:
     rng = random.Random(5)
     manager = processes.start_manager(num_blocks=NUM_BLOCKS)
-    decoder = processes.start_decoder(manager, *FLAGS, model=model)
     requests = _requests(rng)
     late = _requests(rng, 4)
+    undisturbed, moment = (NUM_STREAMS + len(late)) * NUM_TOKENS, NUM_STREAMS * NUM_TOKENS // 3
+    # With all blocks that they may ever want from the start: without their manager none of them can get more.
+    decoder = processes.start_decoder(
+        manager, *FLAGS, "--kv-capacity", "320", "--reserve", "full", model=model, hold_at=undisturbed + moment
+    )
     expected = await _undisturbed(decoder, [*requests, *late])
     pace = Pace()
     async with DecoderClient(decoder.address) as client:
         running = [asyncio.create_task(follow(client, request, pace=pace)) for request in requests]
-        await pace.reach(NUM_STREAMS * NUM_TOKENS // 3)
+        await asyncio.to_thread(decoder.wait_held)
+        await pace.reach(moment)
         assert not any(task.done() for task in running)
         manager.kill()
-        await pace.reach(pace.num_tokens + NUM_STREAMS)  # in the blocks that the streams hold
+        decoder.go_on()
+        await pace.reach(moment + 4 * NUM_STREAMS)  # in the blocks that the streams hold
         running += [asyncio.create_task(follow(client, request)) for request in late]
         again = await _start_manager_again(processes, manager)
         streams = await asyncio.gather(*running)
@@ -161,13 +172,13 @@ async def test_a_manager_killed_under_load_breaks_no_stream_and_its_sealed_block
 async def test_both_killed_at_once_change_no_stream_and_lose_no_block(processes: Processes, model: Path) -> None:
     rng = random.Random(6)
     manager = processes.start_manager(num_blocks=NUM_BLOCKS)
-    decoder = processes.start_decoder(manager, *FLAGS, model=model, worker_id="one")
     requests = _requests(rng)
+    hold_at = NUM_STREAMS * NUM_TOKENS * 3 // 2  # the undisturbed ones, and half of the others
+    decoder = processes.start_decoder(manager, *FLAGS, model=model, worker_id="one", hold_at=hold_at)
     expected = await _undisturbed(decoder, requests)
-    pace = Pace()
     async with DecoderClient(decoder.address) as client:
-        running = [asyncio.create_task(follow(client, request, pace=pace)) for request in requests]
-        await pace.reach(NUM_STREAMS * NUM_TOKENS // 2)
+        running = [asyncio.create_task(follow(client, request)) for request in requests]
+        await asyncio.to_thread(decoder.wait_held)
         manager.process.kill()
         decoder.process.kill()
         manager.kill()
@@ -176,6 +187,7 @@ async def test_both_killed_at_once_change_no_stream_and_lose_no_block(processes:
         second = await _start_decoder_again(processes, again, model, decoder)
         streams = await asyncio.gather(*running)
     assert [stream.token_ids for stream in streams] == expected
+    assert any(stream.resumed for stream in streams)
     again.wait_all_free()
     _scrub(again)
     assert second.terminate() == 0
@@ -188,37 +200,37 @@ async def test_both_killed_at_once_change_no_stream_and_lose_no_block(processes:
 async def test_a_hung_decoders_blocks_are_set_aside_until_it_speaks_or_is_dead(
     processes: Processes, model: Path, ending: signal.Signals
 ) -> None:
-    rng = random.Random(7)
     manager = processes.start_manager(*SHORT_TTL, num_blocks=80)
-    hung = processes.start_decoder(manager, *FLAGS, model=model, worker_id="hung")
+    hung = processes.start_decoder(manager, *FLAGS, model=model, worker_id="hung", hold_at=150)
     other = processes.start_decoder(manager, *FLAGS, model=model, worker_id="other")
     requests = [token_request([7, index], 100, seed=index) for index in range(6)]
     crowd = [token_request([8, index], 60) for index in range(12)]
     expected = await _undisturbed(other, [*requests, *crowd])
     pace = Pace()
     async with DecoderClient([hung.address]) as client, DecoderClient([other.address]) as other_client:
-        running = [asyncio.create_task(follow(client, request, pace=pace)) for request in requests]
-        await pace.reach(rng.randint(100, 200))
-        # On a starved machine it may have been revoked before, and have given all back.
-        until(lambda: _state(manager, "hung") == "live" and bool(_blocks_of(manager, "hung")), "the decoder has leases")
+        running = [asyncio.create_task(follow(client, request)) for request in requests]
+        await asyncio.to_thread(hung.wait_held)
         hung.process.send_signal(signal.SIGSTOP)
+        hung.go_on()  # as soon as it can
         until(lambda: _state(manager, "hung") == "revoked", "the hung decoder's session is revoked")
         held = _blocks_of(manager, "hung")
         assert manager.stats().quarantined == len(held) > 0
 
         # More than the rest of the pool holds at once: whatever gives way, it is not what the hung one holds.
         asked = [asyncio.create_task(follow(other_client, request, pace=pace)) for request in crowd]
-        for num_tokens in range(pace.num_tokens, pace.num_tokens + 300, 30):
+        for num_tokens in range(0, 300, 30):
             await pace.reach(num_tokens)
             assert not held & _blocks_of(manager, "other")
-            assert manager.stats().quarantined == len(held)
+            assert held == _blocks_of(manager, "hung")
+            # And the other one's, where a busy machine kept it silent for too long.
+            assert manager.stats().quarantined >= len(held)
         crowded = await asyncio.gather(*asked)
 
         hung.process.send_signal(ending)
         if ending == signal.SIGKILL:
-            until(lambda: manager.stats().quarantined == 0, "the blocks of the dead are back")
+            until(lambda: _state(manager, "hung") == "", "the blocks of the dead are back")
             hung.kill()
-            again = processes.start_decoder(manager, *FLAGS, model=model, worker_id="hung", listen=hung.address)
+            again = await _start_decoder_again(processes, manager, model, hung)
         streams = await asyncio.gather(*running)
     assert [stream.token_ids for stream in (*streams, *crowded)] == expected
     if ending == signal.SIGCONT:

@@ -94,6 +94,7 @@ async def test_everything_stopped_and_started_again_still_hits_after_a_check(pro
     requests = _requests(4, 40)
     async with DecoderClient(decoder.address) as client:
         first = await _all(client, requests)
+    manager.wait_all_free()  # by then everything is sealed
     assert decoder.terminate() == 0
     assert manager.terminate() == 0
     manager = _start_again(processes, manager)

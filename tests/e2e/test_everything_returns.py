@@ -16,7 +16,7 @@ import pytest
 from protos import decoder_pb2 as pb
 from protos import kv_manager_pb2, kv_manager_pb2_grpc
 from tests.e2e.pool_files import check_pool_files, held_locks
-from tests.e2e.processes import ROOT, Decoder, Manager, Processes, Service, until
+from tests.e2e.processes import DEADLINE_S, ROOT, Decoder, Manager, Processes, Service, until
 from tests.e2e.streams import TIMEOUT_S, chat, long_request, open_stream, receive, receive_rest, stub_of
 
 pytest.importorskip("mlx.core")
@@ -72,7 +72,7 @@ def _is_gone(service: Service) -> bool:
 
 def _flush(manager: Manager) -> None:
     with grpc.insecure_channel(manager.address) as channel:
-        kv_manager_pb2_grpc.KVManagerStub(channel).Flush(kv_manager_pb2.FlushRequest(), timeout=10.0)
+        kv_manager_pb2_grpc.KVManagerStub(channel).Flush(kv_manager_pb2.FlushRequest(), timeout=DEADLINE_S)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -88,7 +88,9 @@ async def test_after_any_mix_of_endings_and_a_signal_to_either_service_everythin
     manager.wait_all_free()
 
     async with stub_of(decoder.address) as stub:
-        streams = [await open_stream(stub, long_request(f"last-{i}", max_tokens=2000)) for i in range(3)]
+        streams = await asyncio.gather(
+            *(open_stream(stub, long_request(f"last-{i}", max_tokens=2000)) for i in range(3))
+        )
         services: tuple[Service, Service] = (decoder, manager) if first == "decoder" else (manager, decoder)
         codes = [await asyncio.to_thread(service.terminate, number) for service in services]
         ended = await asyncio.gather(*(receive_rest(call, responses) for call, responses in streams))

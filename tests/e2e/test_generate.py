@@ -13,7 +13,7 @@ import pytest
 
 from protos import decoder_pb2 as pb
 from tests.e2e.processes import DEMO_MODEL, Decoder, Manager, Processes
-from tests.e2e.streams import TIMEOUT_S, chat, long_request, open_stream, receive, receive_rest, stub_of
+from tests.e2e.streams import DEADLINES_S, TIMEOUT_S, chat, long_request, open_stream, receive, receive_rest, stub_of
 
 pytest.importorskip("mlx.core")
 
@@ -116,7 +116,7 @@ def _text_after(deltas: list[pb.Delta], num_tokens: int) -> str:
 
 async def test_a_client_that_goes_away_frees_its_blocks(pair: Pair) -> None:
     async with stub_of(pair.decoder.address) as stub:
-        call, _ = await open_stream(stub, long_request())
+        call, _ = await open_stream(stub, long_request(max_tokens=2000))
         assert pair.manager.stats().leased > 0
         call.cancel()
     pair.manager.wait_all_free()
@@ -124,15 +124,18 @@ async def test_a_client_that_goes_away_frees_its_blocks(pair: Pair) -> None:
 
 async def test_a_deadline_is_honoured_and_frees_the_blocks(pair: Pair) -> None:
     async with stub_of(pair.decoder.address) as stub:
-        received = await receive(stub, long_request(max_tokens=2000), timeout_s=0.5)
-    assert received.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        for timeout_s in DEADLINES_S:
+            received = await receive(stub, long_request(max_tokens=2000), timeout_s=timeout_s)
+            assert received.code is grpc.StatusCode.DEADLINE_EXCEEDED
+            pair.manager.wait_all_free()
+            if received.token_ids:
+                break
     assert 0 < len(received.token_ids) < 2000
-    pair.manager.wait_all_free()
 
 
 async def test_abort_ends_a_stream_as_cancelled(pair: Pair) -> None:
     async with stub_of(pair.decoder.address) as stub:
-        call, responses = await open_stream(stub, long_request("to-abort"))
+        call, responses = await open_stream(stub, long_request("to-abort", max_tokens=2000))
         assert (await stub.Abort(pb.AbortRequest(request_id="to-abort"))).found
         received = await receive_rest(call, responses)
         assert received.finished.reason == pb.FINISH_REASON_CANCELLED

@@ -13,7 +13,7 @@ import pytest
 from protos import decoder_pb2 as pb
 from protos.rich_status import error_info, retry_delay_s
 from services.healthcheck import is_serving
-from tests.e2e.processes import DECODER_SERVICE, MANAGER_SERVICE, Decoder, Manager, Processes, until
+from tests.e2e.processes import DEADLINE_S, DECODER_SERVICE, MANAGER_SERVICE, Decoder, Manager, Processes, until
 from tests.e2e.streams import Received, chat, long_request, open_stream, receive, receive_rest, stub_of
 
 pytest.importorskip("mlx.core")
@@ -84,8 +84,14 @@ async def test_row_s19_what_can_never_fit_is_out_of_range(pair: tuple[Manager, D
 async def test_an_exhausted_pool_is_told_with_its_details_and_leaks_nothing(pair: tuple[Manager, Decoder]) -> None:
     manager, decoder = pair
     async with stub_of(decoder.address) as stub:
-        call, responses = await open_stream(stub, long_request(max_tokens=90))
-        refused = await receive(stub, long_request(max_tokens=90))
+        # All at once, so that the first has not ended when the others ask.
+        received = await asyncio.gather(*(receive(stub, long_request(max_tokens=90)) for _ in range(6)))
+        served = [each for each in received if each.error is None]
+        all_refused = [each for each in received if each.error is not None]
+        again = await receive(stub, long_request(max_tokens=90))
+    assert served
+    assert all_refused
+    for refused in all_refused:
         assert (refused.code, refused.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "POOL_EXHAUSTED")
         assert refused.responses == [], "row S30: nothing was started"
         assert "7" in refused.status.message, "row S25: blocks needed"
@@ -93,10 +99,9 @@ async def test_an_exhausted_pool_is_told_with_its_details_and_leaks_nothing(pair
         delay_s = retry_delay_s(refused.status)
         assert delay_s is not None
         assert delay_s > 0
-        first = await receive_rest(call, responses)
-        assert first.finished.num_output_tokens == 90
-        again = await receive(stub, long_request(max_tokens=90))
-    assert again.token_ids == first.token_ids
+    for each in served:
+        assert each.finished.num_output_tokens == 90
+        assert each.token_ids == again.token_ids
     manager.wait_all_free()
 
 
@@ -119,7 +124,7 @@ async def test_row_s23_without_its_manager_a_decoder_refuses_and_says_so_and_rec
         manager.kill()
 
         def refuses() -> bool:
-            return not is_serving(decoder.address, DECODER_SERVICE, 5.0)
+            return not is_serving(decoder.address, DECODER_SERVICE, DEADLINE_S)
 
         until(refuses, "its health says that it cannot serve")
         refused = await receive(stub, chat("Repeat: owl-7"))

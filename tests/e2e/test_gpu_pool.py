@@ -18,7 +18,7 @@ from protos import kv_manager_pb2 as pb
 from protos import kv_manager_pb2_grpc
 from protos.pool_handover import REFUSED, SOCKET_NAME, Ask, receive_answer, send_ask
 from tests.decoder.engine_fakes import expected_tokens, make_request
-from tests.e2e.processes import ROOT, Manager, Processes, until
+from tests.e2e.processes import DEADLINE_S, ROOT, Manager, Processes, until
 
 NUM_PROMPT, MAX_TOKENS = 70, 30  # tokens; 100 in all are 6 full blocks
 CACHED = 64  # tokens of the full blocks of a prompt
@@ -68,7 +68,7 @@ class Worker:
     def kill(self) -> None:
         """kill -9."""
         self.process.kill()
-        self.process.wait(30)
+        self.process.wait(DEADLINE_S)
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -103,7 +103,7 @@ class Host:
     def describe(self) -> pb.DescribePoolResponse:
         with grpc.insecure_channel(self.manager.address) as channel:
             stub = kv_manager_pb2_grpc.KVManagerStub(channel)
-            return stub.DescribePool(pb.DescribePoolRequest(), timeout=10)
+            return stub.DescribePool(pb.DescribePoolRequest(), timeout=DEADLINE_S)
 
     def until_back(self) -> None:
         until(lambda: not self.describe().memory_is_absent, "a worker brings the memory back")
@@ -193,7 +193,9 @@ def test_a_worker_that_waits_for_lost_memory_gets_a_new_pool(host: Host) -> None
 
 def sessions(host: Host) -> list[pb.Session]:
     with grpc.insecure_channel(host.manager.address) as channel:
-        return list(kv_manager_pb2_grpc.KVManagerStub(channel).ListLeases(pb.ListLeasesRequest(), timeout=10).sessions)
+        return list(
+            kv_manager_pb2_grpc.KVManagerStub(channel).ListLeases(pb.ListLeasesRequest(), timeout=DEADLINE_S).sessions
+        )
 
 
 def test_only_the_registered_process_itself_gets_the_memory(host: Host) -> None:

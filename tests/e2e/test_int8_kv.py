@@ -16,9 +16,9 @@ from protos import decoder_pb2 as pb
 from protos import kv_manager_pb2, kv_manager_pb2_grpc
 from services.decoder.kv_view import PagedKv
 from services.decoder.ops.native import why_unavailable
-from tests.e2e.followed import Followed, Pace, follow, token_request
+from tests.e2e.followed import Followed, follow, token_request
 from tests.e2e.pool_files import check_pool_files
-from tests.e2e.processes import Decoder, Manager, Processes
+from tests.e2e.processes import DEADLINE_S, Decoder, Manager, Processes
 
 NUM_STREAMS = 8
 NUM_TOKENS = 90
@@ -38,8 +38,8 @@ def _requests() -> list[pb.GenerateRequest]:
     ]
 
 
-async def _follow_all(client: DecoderClient, pace: Pace | None = None, tenant: str = "") -> list[Followed]:
-    return await asyncio.gather(*(follow(client, request, pace=pace, tenant=tenant) for request in _requests()))
+async def _follow_all(client: DecoderClient, tenant: str = "") -> list[Followed]:
+    return await asyncio.gather(*(follow(client, request, tenant=tenant) for request in _requests()))
 
 
 def _scrub(manager: Manager) -> kv_manager_pb2.ScrubProgress:
@@ -55,16 +55,16 @@ async def test_s20_int8_streams_go_on_token_exact_after_a_kill_and_find_their_pr
 ) -> None:
     flags = (*INT8, "--kv-layout", layout)
     manager = processes.start_manager(num_blocks=NUM_BLOCKS)
-    decoder = processes.start_decoder(manager, *flags, backend=backend, worker_id="one")
-    pace = Pace()
+    hold_at = NUM_STREAMS * NUM_TOKENS * 3 // 2  # the undisturbed ones, and half of the others
+    decoder = processes.start_decoder(manager, *flags, backend=backend, worker_id="one", hold_at=hold_at)
 
     def start_again(last: Decoder) -> Decoder:
         return processes.start_decoder(manager, *flags, backend=backend, worker_id="one", listen=last.address)
 
     async with DecoderClient(decoder.address) as client:
         expected = [stream.token_ids for stream in await _follow_all(client, tenant="undisturbed")]
-        running = asyncio.create_task(_follow_all(client, pace))
-        await pace.reach(NUM_STREAMS * NUM_TOKENS // 2)
+        running = asyncio.create_task(_follow_all(client))
+        await asyncio.to_thread(decoder.wait_held)
         await asyncio.to_thread(decoder.kill)
         decoder = await asyncio.to_thread(start_again, decoder)
         streams = await running
@@ -115,7 +115,7 @@ async def test_a_scale_that_changed_in_the_file_is_found_by_the_checksum(process
     assert _scrub(manager).num_corrupt == 0
     with grpc.insecure_channel(manager.address) as channel:
         ask = kv_manager_pb2.ListLeasesRequest(with_block_states=True)
-        states = kv_manager_pb2_grpc.KVManagerStub(channel).ListLeases(ask, timeout=10.0).block_states
+        states = kv_manager_pb2_grpc.KVManagerStub(channel).ListLeases(ask, timeout=DEADLINE_S).block_states
     kv = PagedKv(next(manager.pool_dir.glob("*.kv")), "int8")
     kv.scales(states.index(CACHED))[-1, 1, -1, -1] *= 1.5
     kv.close()

@@ -14,8 +14,8 @@ import pytest
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from clients.decoder import DecoderClient
-from clients.events import StreamResumed, Tokens
 from services.healthcheck import is_serving
+from tests.e2e.followed import follow
 from tests.e2e.processes import DEADLINE_S, DECODER_SERVICE, DEMO_MODEL, ROOT, Decoder, Processes, until
 from tests.e2e.streams import long_request, open_stream, receive, receive_rest, stub_of
 
@@ -27,7 +27,8 @@ async def test_a_signal_ends_running_streams_and_leaves_nothing(processes: Proce
     manager = processes.start_manager()
     decoder = processes.start_decoder(manager, "--grace", "0.2")
     async with stub_of(decoder.address) as stub:
-        streams = [await open_stream(stub, long_request(f"r{index}", max_tokens=2000)) for index in range(4)]
+        opening = (open_stream(stub, long_request(f"r{index}", max_tokens=2000)) for index in range(4))
+        streams = await asyncio.gather(*opening)
         assert manager.stats().leased > 0
         decoder.process.send_signal(number)
         ended = await asyncio.gather(*(receive_rest(call, responses) for call, responses in streams))
@@ -46,9 +47,14 @@ async def test_running_requests_may_end_within_the_grace_time_but_no_new_one_sta
     decoder = processes.start_decoder(None, "--grace", "60")
     async with stub_of(decoder.address) as stub:
         call, responses = await open_stream(stub, long_request(max_tokens=200))
+        # It keeps the decoder up until a new one was refused, however long that takes.
+        longer, _ = await open_stream(stub, long_request(max_tokens=2000))
         decoder.process.send_signal(signal.SIGTERM)
         until(lambda: bool(decoder.events("stopping")), "it is stopping")
-        refused = await receive(stub, long_request(max_tokens=2), timeout_s=5)
+        refused = await receive(stub, long_request(max_tokens=2))
+        while refused.error is None:  # it said so a moment before it did
+            refused = await receive(stub, long_request(max_tokens=2))
+        longer.cancel()
         received = await receive_rest(call, responses)
     assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN")
     assert received.finished.num_output_tokens == 200
@@ -56,9 +62,10 @@ async def test_running_requests_may_end_within_the_grace_time_but_no_new_one_sta
 
 
 async def test_a_second_signal_ends_it_at_once(processes: Processes) -> None:
-    decoder = processes.start_decoder(None, "--grace", "600")
+    decoder = processes.start_decoder(None, "--grace", "600", hold_at=2)
     async with stub_of(decoder.address) as stub:
-        call, _ = await open_stream(stub, long_request(max_tokens=2000))
+        call, _ = await open_stream(stub, long_request(max_tokens=2000), num_responses=2)
+        decoder.wait_held()
         decoder.process.send_signal(signal.SIGTERM)
         until(lambda: bool(decoder.events("stopping")), "it is stopping")
         assert decoder.terminate() == 128 + signal.SIGTERM
@@ -150,23 +157,17 @@ def test_a_bad_checkpoint_is_refused_with_its_file(processes: Processes, tmp_pat
 
 async def test_a_killed_decoder_gives_way_and_its_stream_goes_on_elsewhere(processes: Processes) -> None:
     manager = processes.start_manager()
-    first, second = processes.start_decoder(manager), processes.start_decoder(manager)
+    first, second = processes.start_decoder(manager, hold_at=10), processes.start_decoder(manager)
+    request = long_request(max_tokens=120)
     async with stub_of(second.address) as stub:
-        expected = await receive(stub, long_request(max_tokens=120))
-    token_ids: list[int] = []
-    text = ""
-    resumed: list[StreamResumed] = []
+        expected = await receive(stub, request)
     async with DecoderClient([first.address, second.address]) as client:
-        async for event in client.generate(long_request(max_tokens=120)):
-            if isinstance(event, Tokens):
-                token_ids += event.token_ids
-                text += event.text
-            if isinstance(event, StreamResumed):
-                resumed.append(event)
-            if len(token_ids) == 10:
-                first.kill()
-    assert [event.exact for event in resumed] == [True]
-    assert (token_ids, text) == (expected.token_ids, expected.text)
+        running = asyncio.create_task(follow(client, request))
+        await asyncio.to_thread(first.wait_held)
+        await asyncio.to_thread(first.kill)
+        stream = await running
+    assert [event.exact for event in stream.resumed] == [True]
+    assert (stream.token_ids, stream.text) == (expected.token_ids, expected.text)
     manager.wait_all_free()
     assert manager.worker_lock_is_free(first.worker_id)
 

@@ -51,9 +51,9 @@ async def test_a_request_leaves_its_marks_in_both_services(processes: Processes)
 
 
 async def test_a_full_queue_refuses_a_new_request_at_once_and_never_a_resumed_one(processes: Processes) -> None:
-    decoder = processes.start_decoder(None, "--max-seqs", "1", "--max-waiting", "1", *ON_A_FREE_PORT)
+    decoder = processes.start_decoder(None, "--max-seqs", "1", "--max-waiting", "1", *ON_A_FREE_PORT, hold_at=2)
     async with stub_of(decoder.address) as stub:
-        call, responses = await open_stream(stub, long_request("runs", max_tokens=300))
+        call, responses = await open_stream(stub, long_request("runs", max_tokens=300), num_responses=2)
         waiting = asyncio.create_task(receive(stub, long_request("waits", max_tokens=300)))
         async with asyncio.timeout(DEADLINE_S):
             while (await figures(decoder))["leasehold_decoder_requests_waiting",] < 1:  # noqa: ASYNC110 - the state of a process
@@ -66,6 +66,7 @@ async def test_a_full_queue_refuses_a_new_request_at_once_and_never_a_resumed_on
         assert seen["leasehold_decoder_errors_total", "QUEUE_FULL"] == 1
         assert seen["leasehold_decoder_requests_running",] == 1, "it was told before the first one had ended"
         resumed = asyncio.create_task(receive(stub, _resumption(responses)))
+        decoder.go_on()
         first = await receive_rest(call, responses)
         assert (await waiting).token_ids == first.token_ids
         assert Received(responses).token_ids + (await resumed).token_ids == first.token_ids
