@@ -10,6 +10,9 @@ import pytest_asyncio
 from protos import decoder_pb2_grpc as pb_grpc
 from tests.clients.fake_decoder import serve
 
+# Of requests that are to end by them once something has come: that is within the first of these but on a starved machine.
+DEADLINES_S = (0.5, 2.0, 8.0, 32.0)
+
 Serve = Callable[[pb_grpc.DecoderServicer], Awaitable[str]]
 
 

@@ -98,12 +98,13 @@ class FakeStep:
 
 
 class FakeModel:
-    """Stores each token's id as its K/V. `gate` can hold a step, `hold_at` a certain one; `fail_when` can fail one."""
+    """Stores each token's id as its K/V. `gate` can hold a step, `hold_at` and `hold_when` a certain one; `fail_when` can fail one."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[int, int]] = []  # (sequences, tokens) of each committed step
         self.fail_when: Callable[[Batch], bool] = lambda batch: False
         self.hold_at: int | None = None  # the step that closes the gate on itself, counted from 0
+        self.hold_when: Callable[[], bool] = lambda: False  # or the first of which this is true
         self.gate = threading.Event()
         self.gate.set()
         self.is_stepping = threading.Event()
@@ -112,8 +113,8 @@ class FakeModel:
         return FakeStep(batch, kv)
 
     def forward(self, step: FakeStep) -> Sampled:
-        if len(self.batches) == self.hold_at:
-            self.hold_at = None
+        if len(self.batches) == self.hold_at or self.hold_when():
+            self.hold_at, self.hold_when = None, lambda: False
             self.gate.clear()
         self.is_stepping.set()
         assert self.gate.wait(DEADLINE_S)

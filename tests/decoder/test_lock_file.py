@@ -75,7 +75,10 @@ async def test_a_lock_that_another_process_holds_names_the_worker_id(
         await take_worker_lock(pool_dir, "w1")
 
 
-async def test_a_predecessor_that_dies_meanwhile_makes_way(pool_dir: Path, holder: subprocess.Popen[bytes]) -> None:
+async def test_a_predecessor_that_dies_meanwhile_makes_way(
+    pool_dir: Path, holder: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.decoder.lock_file.LOCK_WAIT_S", 60.0)  # however long a busy machine lets it die
     taking = asyncio.create_task(take_worker_lock(pool_dir, "w1"))
     await asyncio.sleep(0)
     holder.send_signal(signal.SIGKILL)

@@ -174,11 +174,13 @@ async def test_a_better_priority_makes_others_give_way(start_manager: StartManag
     manager = start_manager("--num-blocks", "16")
     slow = [make_request(f"slow {i}", 90, 150) for i in range(2)]
     async with Decoder(manager.address) as decoder:
+        decoder.model.hold_at = 6
         decoder.submit(*slow)
-        for request in slow:
-            await decoder.until_tokens(request.request_id, 2)
+        await asyncio.to_thread(decoder.model.until_held)
         urgent = make_request("urgent", 60, 5, priority=5)
-        [outcome] = await decoder.run(urgent)
+        decoder.submit(urgent)
+        decoder.model.gate.set()
+        outcome = await decoder.outcome("urgent")
         assert outcome.tokens == expected_tokens(urgent)
         for request in slow:
             assert (await decoder.outcome(request.request_id)).tokens == expected_tokens(request)

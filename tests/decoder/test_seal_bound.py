@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
+from clients.errors import DeadlineError, ErrorDetails
+from protos import kv_manager_pb2 as pb
 from services.decoder.block_hash import BlockHasher
 from services.decoder.engine import EngineSettings
 from services.decoder.errors import EngineFailedError
@@ -269,14 +272,16 @@ def _at_stake(decoder: Decoder) -> list[int]:
 
 
 async def test_a_manager_that_hangs_holds_streams_back_until_it_counts_as_away(start_manager: StartManager) -> None:
-    manager = start_manager("--num-blocks", "256")
+    manager = start_manager("--num-blocks", "256", "--ttl", "100")
     settings = EngineSettings(max_seqs=8, kv_capacity=512, max_num_batched_tokens=64, reserve_full=True)
     requests = [make_request(f"r{i}", 10 + 30 * i, 300) for i in range(4)]
     async with Decoder(manager.address, settings=settings) as decoder:
+        patience = Patience(decoder)
+        num_tokens = decoder.harness.num_tokens
+        decoder.model.hold_when = lambda: all(
+            num_tokens(request.request_id) >= 3 for request in requests
+        )  # they decode
         decoder.submit(*requests)
-        for request in requests:
-            await decoder.until_tokens(request.request_id, 3)  # they decode
-        decoder.model.gate.clear()
         await asyncio.to_thread(decoder.model.until_held)
         assert manager.process is not None
         manager.process.send_signal(signal.SIGSTOP)
@@ -284,12 +289,34 @@ async def test_a_manager_that_hangs_holds_streams_back_until_it_counts_as_away(s
         # Each comes to its bound, and none passes it: a kill -9 here would cost no stream more.
         await asyncio.to_thread(poll, lambda: _at_stake(decoder) == [2 * BLOCK - 1] * 4 and not _is_away(decoder))
         # The call that is not answered ends the session; then they go on in the blocks that they hold.
+        patience.is_over.set()
         await decoder.until_tokens("r0", 200)
         assert _is_away(decoder)
+        patience.is_over.clear()
         manager.process.send_signal(signal.SIGCONT)
         for request in requests:
             assert (await decoder.outcome(request.request_id)).tokens == expected_tokens(request)
         await assert_all_free(manager)
+
+
+class Patience:
+    """Has a decoder's seals meet their deadline when the test says so."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.is_over = asyncio.Event()
+        self._seal = decoder.client.seal
+        decoder.client.seal = self._seal_in_time  # type: ignore[method-assign]
+
+    async def _seal_in_time(self, request: pb.SealRequest) -> pb.SealResponse:
+        answer, end = asyncio.ensure_future(self._seal(request)), asyncio.ensure_future(self.is_over.wait())
+        try:
+            await asyncio.wait({answer, end}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise DeadlineError(ErrorDetails(grpc.StatusCode.DEADLINE_EXCEEDED, "the test says so", "manager"))
+            return answer.result()
+        finally:
+            answer.cancel()
+            end.cancel()
 
 
 def _is_away(decoder: Decoder) -> bool:
@@ -315,7 +342,7 @@ async def test_streams_pass_their_bound_while_the_manager_is_down(start_manager:
 
 
 async def test_a_session_that_is_opened_anew_says_so_to_the_engine(start_manager: StartManager) -> None:
-    manager = start_manager("--num-blocks", "64", "--ttl", "0.4", "--hang-limit", "0.5")
+    manager = start_manager("--num-blocks", "64", "--ttl", "5")
     request = make_request("hangs", 20, 60)
     heard: list[type] = []
     decoder = Decoder(manager.address)
@@ -333,7 +360,9 @@ async def test_a_session_that_is_opened_anew_says_so_to_the_engine(start_manager
         decoder.model.hold_at = 6
         decoder.submit(request)
         await asyncio.to_thread(decoder.model.until_held)
+        decoder.busy_factor = 10_000  # longer than the hang limit
         await asyncio.to_thread(poll, lambda: SessionEnded in heard)
+        decoder.busy_factor = 1
         decoder.model.gate.set()
         assert (await decoder.outcome("hangs")).tokens == expected_tokens(request)
         assert heard.index(ManagerBack) > heard.index(SessionEnded)

@@ -84,7 +84,7 @@ class Host:
 
     def _start(self, **again: Any) -> Manager:
         return self._processes.start_manager(
-            "--pool-memory", "cuda", "--ttl", "2", num_blocks=64, module="tests.kv_manager.stand_in_manager", **again
+            "--pool-memory", "cuda", num_blocks=64, module="tests.kv_manager.stand_in_manager", **again
         )
 
     def kill_manager(self) -> None:

@@ -42,4 +42,4 @@ def manager_process(tmp_path: Path) -> Iterator[Callable[..., ManagerProcess]]:
 
     yield start
     for process in processes:
-        process.kill()
+        process.close()

@@ -11,12 +11,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import grpc
 from google.rpc import status_pb2
@@ -25,6 +27,7 @@ from grpc_status import rpc_status
 from protos import kv_manager_pb2 as pb
 from protos import kv_manager_pb2_grpc as pb_grpc
 from protos.pool_format import DATA_OFFSET_BYTES
+from protos.rich_status import error_info
 from services.kv_manager import translate
 from services.kv_manager.config import Config
 from services.kv_manager.leasebook import SealOrder
@@ -35,6 +38,8 @@ from services.kv_manager.sessions import Lease, Session
 
 ROOT = Path(__file__).resolve().parents[2]
 FINGERPRINT = bytes(range(32))
+
+_Answer = TypeVar("_Answer")
 
 
 class FakeClock:
@@ -50,7 +55,7 @@ class FakeClock:
         self.now += seconds
 
 
-def wait_until(predicate: Callable[[], bool], timeout_s: float = 20.0, what: str = "the condition") -> None:
+def wait_until(predicate: Callable[[], bool], timeout_s: float = 60.0, what: str = "the condition") -> None:
     """Polls until predicate holds; raises AssertionError after timeout_s."""
     pause = threading.Event()
     deadline = time.monotonic() + timeout_s
@@ -238,12 +243,16 @@ class Manager:
 
 
 class ManagerProcess:
-    """`python -m services.kv_manager` in a process of its own, on a free port that it keeps over restarts."""
+    """`python -m services.kv_manager` in a process of its own, on a socket that it keeps over restarts.
 
-    def __init__(self, pool_dir: Path, *flags: str, address: str = "") -> None:
+    A file: a port that is free now is another process's in the next moment, or while the manager is down.
+    """
+
+    def __init__(self, pool_dir: Path, *flags: str) -> None:
         self.pool_dir = pool_dir
         self.flags = flags
-        self.address = address or f"127.0.0.1:{free_port()}"
+        self._directory = tempfile.TemporaryDirectory(prefix="manager-")  # sockets' paths have a limit
+        self.address = f"unix:{self._directory.name}/socket"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> ManagerProcess:
@@ -251,14 +260,14 @@ class ManagerProcess:
         self.process = spawn("--listen", self.address, "--pool-dir", str(self.pool_dir), *self.flags)
         with grpc.insecure_channel(self.address) as channel:
             stub = pb_grpc.KVManagerStub(channel)
-            stub.DescribePool(pb.DescribePoolRequest(), timeout=30, wait_for_ready=True)
+            stub.DescribePool(pb.DescribePoolRequest(), timeout=60, wait_for_ready=True)
         return self
 
     def send(self, number: signal.Signals) -> int:
         """Sends a signal and waits for the end; answers the exit status."""
         assert self.process is not None
         self.process.send_signal(number)
-        status = self.process.wait(30)
+        status = self.process.wait(60)
         self._close_pipes()
         return status
 
@@ -268,6 +277,11 @@ class ManagerProcess:
             self.process.kill()
             self.process.wait(30)
         self._close_pipes()
+
+    def close(self) -> None:
+        """kill -9 for good."""
+        self.kill()
+        self._directory.cleanup()
 
     def _close_pipes(self) -> None:
         if self.process is not None and self.process.stderr is not None:
@@ -296,6 +310,20 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def while_live(stub: pb_grpc.KVManagerStub, worker_id: str, epoch: int, call: Callable[[], _Answer]) -> _Answer:
+    """What a call answers that the manager serves live sessions only.
+
+    With a short TTL a busy machine keeps a worker silent for too long. As long as it has no lease, a word makes it live again.
+    """
+    while True:
+        try:
+            return call()
+        except grpc.RpcError as error:
+            if error_info(rich_status_of(error)).reason != "SESSION_REVOKED":
+                raise
+        next(stub.KeepAlive(iter([pb.KeepAliveRequest(worker_id=worker_id, epoch=epoch)]), timeout=10))
 
 
 def rich_status_of(error: grpc.RpcError) -> status_pb2.Status:

@@ -14,7 +14,7 @@ import pytest
 from protos import kv_manager_pb2 as pb
 from protos import kv_manager_pb2_grpc as pb_grpc
 from protos import rich_status
-from tests.kv_manager.helpers import ManagerProcess, Worker, chain_of, rich_status_of, wait_until
+from tests.kv_manager.helpers import ManagerProcess, Worker, chain_of, rich_status_of, wait_until, while_live
 
 StartManager = Callable[..., ManagerProcess]
 
@@ -242,7 +242,7 @@ def test_a_keepalive_says_that_the_whole_session_is_revoked(manager_process: Sta
     manager = manager_process("--num-blocks", "4", "--ttl", "0.5")
     with manager.stub() as stub:
         client = Client(stub, manager.pool_dir)
-        client.acquire(1, 2)
+        while_live(stub, "w1", client.epoch, lambda: client.acquire(1, 2))
         wait_until(lambda: stats(stub).quarantined == 2)
         request = pb.KeepAliveRequest(worker_id="w1", epoch=client.epoch)
         reply = next(stub.KeepAlive(iter([request]), timeout=10))
