@@ -22,8 +22,10 @@ from services.decoder.ops.base import (
 from services.decoder.ops.cuda import source, weights
 from services.decoder.ops.cuda.driver import CudaDriver
 from services.decoder.ops.cuda.table import Buffers, Built, Capacity, addresses, compile_kernel, make_arrays
-from services.decoder.ops.cuda.weights import CudaAttention, CudaHead, CudaLinear, CudaMoe
+from services.decoder.ops.cuda.weights import Attention, CudaLinear, CudaMoe, Head
 
+CudaAttention = Attention[CudaLinear]
+CudaHead = Head[CudaLinear]
 Layers = tuple[tuple[CudaAttention, CudaMoe], ...]
 
 
@@ -41,7 +43,9 @@ class FastKernels:
 
     def load_attention(self, tensors: AttentionTensors, shape: AttentionShape) -> CudaAttention:
         """See `Ops`."""
-        return weights.load_attention(tensors, shape)
+        if (tensors.q_norm is None) != (tensors.k_norm is None):
+            raise weights.refusal(tensors.q_proj.weight, "only one of q and k has a norm")
+        return weights.load_attention(tensors, shape, weights.load_linear)
 
     def load_mlp(self, tensors: MlpTensors, rms_norm_eps: float) -> Handle:
         """Refused."""
@@ -53,7 +57,7 @@ class FastKernels:
 
     def load_head(self, norm: Tensor, head: LinearTensors, rms_norm_eps: float) -> CudaHead:
         """See `Ops`."""
-        return CudaHead(weights.load_linear(head), weights.load_vector(norm), head.weight.shape[0], rms_norm_eps)
+        return weights.load_head(norm, head, rms_norm_eps, weights.load_linear)
 
     def check(self, program: tuple[Any, ...]) -> None:
         """Raises CheckpointError when the kernels do not take this geometry."""

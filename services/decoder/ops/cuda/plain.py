@@ -19,7 +19,7 @@ from services.decoder.ops.base import (
     MoeTensors,
     Tensor,
 )
-from services.decoder.ops.cuda import source
+from services.decoder.ops.cuda import source, weights
 from services.decoder.ops.cuda.driver import CudaDriver
 from services.decoder.ops.cuda.table import (
     KV_KINDS,
@@ -30,7 +30,7 @@ from services.decoder.ops.cuda.table import (
     compile_kernel,
     make_arrays,
 )
-from services.decoder.ops.cuda.weights import load_vector, on_device, refusal
+from services.decoder.ops.cuda.weights import Attention, Head, load_vector, on_device, refusal
 
 _KINDS = {"F32": 32, "BF16": 16, "F16": 17}  # KIND_* in plain.cuh
 _GROUP_SIZES = (32, 64, 128)
@@ -56,18 +56,8 @@ class PlainLinear:
 _NONE: list[mx.array | int | None] = [None] * 5  # in the place of a layer that is not there
 
 
-@dataclass(frozen=True, eq=False)
-class PlainAttention:
-    """Between a layer's input and its residual after attention."""
-
-    q: PlainLinear
-    k: PlainLinear
-    v: PlainLinear
-    o: PlainLinear
-    input_norm: mx.array
-    q_norm: mx.array | None
-    k_norm: mx.array | None
-    shape: AttentionShape
+PlainAttention = Attention[PlainLinear]
+PlainHead = Head[PlainLinear]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,16 +71,6 @@ class PlainMlp:
     width: int
     router: PlainLinear | None = None
     shape: MoeShape | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class PlainHead:
-    """The last norm and the projection to the vocabulary."""
-
-    linear: PlainLinear
-    norm: mx.array
-    vocab_size: int
-    rms_norm_eps: float
 
 
 class PlainKernels:
@@ -110,16 +90,7 @@ class PlainKernels:
         if shape.head_dim % 8 or shape.head_dim > _MAX_HEAD_DIM:
             why = f"head_dim is {shape.head_dim}, not a multiple of 8 up to {_MAX_HEAD_DIM}"
             raise refusal(tensors.q_proj.weight, why)
-        return PlainAttention(
-            q=load_linear(tensors.q_proj),
-            k=load_linear(tensors.k_proj),
-            v=load_linear(tensors.v_proj),
-            o=load_linear(tensors.o_proj),
-            input_norm=load_vector(tensors.input_norm),
-            q_norm=None if tensors.q_norm is None else load_vector(tensors.q_norm),
-            k_norm=None if tensors.k_norm is None else load_vector(tensors.k_norm),
-            shape=shape,
-        )
+        return weights.load_attention(tensors, shape, load_linear)
 
     def load_mlp(self, tensors: MlpTensors, rms_norm_eps: float) -> PlainMlp:
         """See `Ops`."""
@@ -135,7 +106,7 @@ class PlainKernels:
 
     def load_head(self, norm: Tensor, head: LinearTensors, rms_norm_eps: float) -> PlainHead:
         """See `Ops`."""
-        return PlainHead(load_linear(head), load_vector(norm), head.weight.shape[0], rms_norm_eps)
+        return weights.load_head(norm, head, rms_norm_eps, load_linear)
 
     def check(self, program: tuple[Any, ...]) -> None:
         """Nothing is left to check: each layer was when it was loaded."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -50,18 +51,31 @@ class CudaLinear:
     wide_scales: bool
 
 
+_Linear = TypeVar("_Linear")  # what a set of kernels makes of a linear layer
+
+
 @dataclass(frozen=True, eq=False)
-class CudaAttention:
+class Attention(Generic[_Linear]):
     """Between a layer's input and its residual after attention."""
 
-    q: CudaLinear
-    k: CudaLinear
-    v: CudaLinear
-    o: CudaLinear
+    q: _Linear
+    k: _Linear
+    v: _Linear
+    o: _Linear
     input_norm: mx.array
     q_norm: mx.array | None
     k_norm: mx.array | None
     shape: AttentionShape
+
+
+@dataclass(frozen=True, eq=False)
+class Head(Generic[_Linear]):
+    """The last norm and the projection to the vocabulary."""
+
+    linear: _Linear
+    norm: mx.array
+    vocab_size: int
+    rms_norm_eps: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,30 +91,27 @@ class CudaMoe:
     rms_norm_eps: float
 
 
-@dataclass(frozen=True, eq=False)
-class CudaHead:
-    """The last norm and the projection to the vocabulary."""
-
-    linear: CudaLinear
-    norm: mx.array
-    vocab_size: int
-    rms_norm_eps: float
-
-
-def load_attention(tensors: AttentionTensors, shape: AttentionShape) -> CudaAttention:
-    """Attention weights."""
-    if (tensors.q_norm is None) != (tensors.k_norm is None):
-        raise refusal(tensors.q_proj.weight, "only one of q and k has a norm")
-    return CudaAttention(
-        q=load_linear(tensors.q_proj),
-        k=load_linear(tensors.k_proj),
-        v=load_linear(tensors.v_proj),
-        o=load_linear(tensors.o_proj),
+def load_attention(
+    tensors: AttentionTensors, shape: AttentionShape, load: Callable[[LinearTensors], _Linear]
+) -> Attention[_Linear]:
+    """Attention weights, with linear layers as `load` makes them."""
+    return Attention(
+        q=load(tensors.q_proj),
+        k=load(tensors.k_proj),
+        v=load(tensors.v_proj),
+        o=load(tensors.o_proj),
         input_norm=load_vector(tensors.input_norm),
         q_norm=None if tensors.q_norm is None else load_vector(tensors.q_norm),
         k_norm=None if tensors.k_norm is None else load_vector(tensors.k_norm),
         shape=shape,
     )
+
+
+def load_head(
+    norm: Tensor, head: LinearTensors, rms_norm_eps: float, load: Callable[[LinearTensors], _Linear]
+) -> Head[_Linear]:
+    """The head's weights, with its linear layer as `load` makes it."""
+    return Head(load(head), load_vector(norm), head.weight.shape[0], rms_norm_eps)
 
 
 def load_moe(tensors: MoeTensors, shape: MoeShape, rms_norm_eps: float) -> CudaMoe:
