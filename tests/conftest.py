@@ -6,9 +6,14 @@ import pytest
 import structlog
 from hypothesis import settings
 
+from tests.native_kernels import build_if_stale
+
 # A busy machine stops a process for longer than any deadline of an example; pytest-timeout ends what hangs.
 settings.register_profile("leasehold", deadline=None)
 settings.load_profile("leasehold")
+
+# Who changed a kernel tests the change. Here, before the kernels are first loaded, and before xdist starts its processes.
+build_if_stale()
 
 
 @pytest.fixture(autouse=True)

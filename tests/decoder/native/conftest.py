@@ -1,4 +1,4 @@
-"""Kernel tests need the kernels: a machine without a compiler skips them, and says why."""
+"""Kernel tests need the kernels, which tests/conftest.py has built: a machine without a compiler skips them, and says why."""
 
 from __future__ import annotations
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from services.decoder.ops.native import build, lib
+from tests.native_kernels import build_if_stale
 
 
 def test_without_a_compiler_the_build_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,6 +43,57 @@ def test_a_library_of_other_sources_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(build, "source_hash", lambda: "0123456789abcdef")
     with pytest.raises(OSError, match="older than its sources"):
         lib.load(copy)
+
+
+@pytest.fixture
+def stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The library as it is when a source was changed since."""
+    library = tmp_path / "stale.so"
+    now = build.source_hash().encode()
+    library.write_bytes(build.LIBRARY.read_bytes().replace(now, b"0" * len(now)))
+    monkeypatch.setattr(build, "LIBRARY", library)
+    lib.kernels.cache_clear()
+    yield library
+    lib.kernels.cache_clear()
+
+
+def test_the_tests_build_kernels_that_are_older_than_their_sources(
+    stale: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current, built = (build.PACKAGE_DIR / "libleasehold_kernels.so").read_bytes(), list[Path]()
+
+    def compile_to(target: Path) -> Path:
+        built.append(target)
+        target.with_suffix(".new").write_bytes(current)
+        return target.with_suffix(".new").replace(target)
+
+    monkeypatch.setattr(build, "build", compile_to)
+    assert build_if_stale() == ""
+    assert built == [stale]
+    assert build_if_stale() == ""
+    assert built == [stale], "once"
+
+
+def test_sources_that_do_not_compile_fail_the_tests(stale: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "false")
+    with pytest.raises(build.BuildError, match="false"):
+        build_if_stale()
+
+
+def test_kernels_that_stay_stale_fail_the_tests(stale: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "build", lambda target: target)
+    with pytest.raises(OSError, match="older than its sources"):
+        build_if_stale()
+
+
+def test_without_a_compiler_old_kernels_are_a_reason_to_skip(
+    stale: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    reason = build_if_stale()
+    assert f"{stale} is absent or older than its sources" in reason
+    assert "no C compiler is on the PATH" in reason
 
 
 def test_the_library_needs_nothing_of_python_or_numpy() -> None:
