@@ -2,36 +2,43 @@
 
     python -m tests.bench.service_share --model DIR --streams 16 --tokens 48 --rounds 3
 
-Both decode the same prompts greedily, in turns, on the same machine; the service is a manager and a decoder as separate processes,
-and its client is this process. Counted are the tokens between the moment when every stream has begun and the first one's end.
+Both decode the same prompts greedily, in turns, with the same settings, and must make the same tokens; the service is a manager and
+a decoder as separate processes, and its client is this process. Counted are the tokens between the moment when every stream has begun
+and the first one's end, and the CPU time of each process from the first request to the last answer, a generated token: on a machine
+whose cores the engine fills alone, every microsecond beside it comes off its speed.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
+import os
 import queue
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
+import uvloop
 
+from clients.channel import open_channel
 from protos import decoder_pb2_grpc
+from services.decoder.config import DecoderConfig, parse_args, resolve_kv_dtype, resolve_precision
 from services.decoder.contiguous_leases import ContiguousLeases
-from services.decoder.engine import Engine, EngineSettings
+from services.decoder.engine import Engine, EngineSettings, LoadedModel
 from services.decoder.loaded_model import load
 from services.decoder.loader import open_checkpoint
-from services.decoder.model_config import ModelConfig, read_model_config
+from services.decoder.model_config import read_model_config
 from services.decoder.request import DecodeRequest, Event, Failed, Finished, SamplingParams, Token
 from services.decoder.service import contiguous_kv
-from tests.bench.machine import describe_cpu
+from tests.bench.machine import describe_cpu, process_cpu_s
 from tests.e2e.followed import token_request
 from tests.e2e.processes import Processes
 
@@ -39,14 +46,16 @@ Prompts = Sequence[Sequence[int]]
 
 
 class Arrivals:
-    """When each stream's tokens came."""
+    """Each stream's tokens, and when they came."""
 
     def __init__(self, num_streams: int) -> None:
+        self.token_ids: list[list[int]] = [[] for _ in range(num_streams)]
         self._times: list[list[float]] = [[] for _ in range(num_streams)]
 
-    def add(self, stream: int, num_tokens: int = 1) -> None:
+    def add(self, stream: int, token_ids: Sequence[int]) -> None:
         """Tokens of a stream are here."""
-        self._times[stream] += [time.perf_counter()] * num_tokens
+        self.token_ids[stream] += token_ids
+        self._times[stream] += [time.perf_counter()] * len(token_ids)
 
     def tokens_per_s(self) -> float:
         """While all streams decode."""
@@ -57,22 +66,31 @@ class Arrivals:
 
 
 class InProcess:
-    """An engine on a thread of this process, with caches of its own."""
+    """The engine of a decoder of some configuration on a thread of this process, with caches of its own."""
 
-    def __init__(self, directory: Path, backend: str, num_streams: int, kv_capacity: int) -> None:
-        checkpoint = open_checkpoint(directory)
-        self.config: ModelConfig = read_model_config(checkpoint)
-        kv_dtype = self.config.kv_dtype
-        leases = ContiguousLeases(lambda geometry: contiguous_kv(geometry, num_streams, kv_capacity))
+    def __init__(self, config: DecoderConfig, kv_capacity: int) -> None:
+        checkpoint = open_checkpoint(config.model)
+        model_config = read_model_config(checkpoint)
+        precision = resolve_precision(config.precision, config.backend, model_config.kv_dtype)
+        kv_dtype = resolve_kv_dtype(config.kv_dtype, model_config.kv_dtype, config.backend, precision)
+        self.vocab_size = model_config.vocab_size
+        self.is_batch_invariant = False
+
+        def build() -> LoadedModel:
+            model, ops = load(
+                checkpoint, model_config, kv_dtype, config.backend, precision, config.threads, config.kv_layout
+            )
+            self.is_batch_invariant = ops.batch_invariant
+            return model
+
+        leases = ContiguousLeases(lambda geometry: contiguous_kv(geometry, config.max_seqs, kv_capacity))
         self._came: queue.SimpleQueue[Sequence[tuple[str, Event]]] = queue.SimpleQueue()
-        settings = EngineSettings(num_streams, kv_capacity, 2048)
-        self._engine = Engine(
-            lambda: load(checkpoint, self.config, kv_dtype, backend, "fast")[0], leases, settings, self._came.put
-        )
+        settings = EngineSettings(config.max_seqs, kv_capacity, config.max_num_batched_tokens)
+        self._engine = Engine(build, leases, settings, self._came.put)
         self._engine.start()
 
-    def run(self, prompts: Prompts, num_tokens: int) -> float:
-        """Tokens a second of all prompts together."""
+    def run(self, prompts: Prompts, num_tokens: int) -> Arrivals:
+        """All prompts together."""
         arrivals = Arrivals(len(prompts))
         for index, prompt in enumerate(prompts):
             self._engine.submit(DecodeRequest(str(index), prompt, SamplingParams(), num_tokens))
@@ -82,54 +100,95 @@ class InProcess:
                 if isinstance(event, Failed):
                     raise event.error
                 if isinstance(event, Token):
-                    arrivals.add(int(request_id))
+                    arrivals.add(int(request_id), (event.token_id,))
                 running -= isinstance(event, Finished)
-        return arrivals.tokens_per_s()
+        return arrivals
 
     def stop(self) -> None:
         """Ends its thread."""
         self._engine.stop(0)
 
 
-async def run_service(address: str, prompts: Prompts, num_tokens: int) -> float:
-    """Tokens a second of all prompts together, as one client sees them."""
+def follow_service(address: str, prompts: Prompts, num_tokens: int) -> Arrivals:
+    """All prompts together, as one client sees them."""
+    return uvloop.run(_follow_service(address, prompts, num_tokens))
+
+
+async def _follow_service(address: str, prompts: Prompts, num_tokens: int) -> Arrivals:
     arrivals = Arrivals(len(prompts))
 
     async def follow(stub: Any, index: int) -> None:
         async for response in stub.Generate(token_request(prompts[index], num_tokens)):
             if response.WhichOneof("event") == "delta":
-                arrivals.add(index, len(response.delta.token_ids))
+                arrivals.add(index, response.delta.token_ids)
 
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with open_channel(address) as channel:
         stub = decoder_pb2_grpc.DecoderStub(channel)
         await asyncio.gather(*(follow(stub, index) for index in range(len(prompts))))
-    return arrivals.tokens_per_s()
+    return arrivals
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one of the two did with a round's prompts."""
+
+    arrivals: Arrivals
+    cpu_us: Mapping[str, float]  # by process, a generated token
+
+
+def _measured(run: Callable[[], Arrivals], pids: Mapping[str, int]) -> Measured:
+    before = {name: process_cpu_s(pid) for name, pid in pids.items()}
+    arrivals = run()
+    num_tokens = sum(map(len, arrivals.token_ids))
+    spent = {name: process_cpu_s(pid) - before[name] for name, pid in pids.items()}
+    return Measured(arrivals, {name: round(cpu_s * 1e6 / num_tokens, 1) for name, cpu_s in spent.items()})
 
 
 def measure(arguments: argparse.Namespace, directory: Path) -> list[float]:
     """The service's share in each round."""
     capacity = arguments.prompt_tokens + arguments.tokens + 16
+    flags = ("--max-seqs", str(arguments.streams), "--kv-capacity", str(capacity), *arguments.decoder_flags)
+    named = ("--model", str(arguments.model), "--backend", arguments.backend)
     rng = np.random.default_rng(5)
     shares = []
     with Processes(directory) as processes:
         manager = processes.start_manager(num_blocks=1024)
-        flags = ("--max-seqs", str(arguments.streams), "--kv-capacity", str(capacity))
-        decoder = processes.start_decoder(
-            manager, *flags, *arguments.decoder_flags, model=arguments.model, backend=arguments.backend
-        )
-        engine = InProcess(arguments.model, arguments.backend, arguments.streams, capacity)
+        decoder = processes.start_decoder(manager, *flags, model=arguments.model, backend=arguments.backend)
+        engine = InProcess(parse_args([*named, *flags]), capacity)
+        services = {"decoder": decoder.process.pid, "manager": manager.process.pid}
+        pids = {"engine": {"engine": os.getpid()}, "service": {**services, "client": os.getpid()}}
         for number in range(arguments.rounds + 1):
             sizes = (arguments.streams, arguments.prompt_tokens)
-            prompts = rng.integers(3, min(engine.config.vocab_size, 5000), sizes).tolist()
-            alone = engine.run(prompts, arguments.tokens)
-            served = asyncio.run(run_service(decoder.address, prompts, arguments.tokens))
+            prompts = rng.integers(3, min(engine.vocab_size, 5000), sizes).tolist()
+            runs = {
+                "engine": functools.partial(engine.run, prompts, arguments.tokens),
+                "service": functools.partial(follow_service, decoder.address, prompts, arguments.tokens),
+            }
+            # Who comes second may find the machine warm, or its neighbours awake.
+            order = sorted(runs, reverse=number % 2 == 1)
+            found = {name: _measured(runs[name], pids[name]) for name in order}
+            alone, served = found["engine"], found["service"]
+            if engine.is_batch_invariant and alone.arrivals.token_ids != served.arrivals.token_ids:
+                raise ValueError("the service's tokens are not the engine's: the two do not do the same work")
             if number == 0:  # it maps the weights into both processes
                 continue
-            shares.append(served / alone)
-            result = {"round": number, "engine_tokens_per_s": round(alone, 1), "service_tokens_per_s": round(served, 1)}
-            print(json.dumps(result | {"share": round(served / alone, 3)}), flush=True)
+            shares.append(_report(number, alone, served))
         engine.stop()
     return shares
+
+
+def _report(number: int, alone: Measured, served: Measured) -> float:
+    engine_rate, service_rate = alone.arrivals.tokens_per_s(), served.arrivals.tokens_per_s()
+    share = service_rate / engine_rate
+    result = {
+        "round": number,
+        "engine_tokens_per_s": round(engine_rate, 1),
+        "service_tokens_per_s": round(service_rate, 1),
+        "share": round(share, 3),
+        "cpu_us_per_token": {**alone.cpu_us, **served.cpu_us},
+    }
+    print(json.dumps(result), flush=True)
+    return share
 
 
 def main() -> None:
