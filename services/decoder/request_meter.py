@@ -37,7 +37,7 @@ class RequestFigures:
         return RequestMeter(self)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Pace:
     """When the tokens of one sample came."""
 
@@ -67,26 +67,34 @@ class RequestMeter:
 
     def take(self, events: Mapping[str, Sequence[Event]]) -> None:
         """The engine's events for its samples have come. The first sample that is admitted counts for all."""
-        figures, now = self._figures, self._figures.clock()
-        for sample_id, event in ((sample_id, event) for sample_id, came in events.items() for event in came):
-            if isinstance(event, Token):
-                pace = self._paces.get(sample_id)
-                if pace is None:
-                    if not self._paces:
-                        figures.ttft.observe(now - self._arrived)
-                    self._paces[sample_id] = _Pace(now, now)
-                else:
-                    figures.itl.observe(now - pace.last)
-                    pace.last = now
-                    pace.num_tokens += 1
-            elif isinstance(event, Admitted) and not self._is_running:
-                self.cache_id = event.cache_id
-                self._leave_queue()
-                self._is_running = True
-                figures.num_running += 1
-                figures.queue.observe(now - self._submitted)
-                figures.num_prompt_tokens += self._num_prompt_tokens
-                figures.num_cached_tokens += event.num_cached_tokens
+        now = self._figures.clock()
+        for sample_id, came in events.items():
+            for event in came:
+                if isinstance(event, Token):
+                    self._take_token(sample_id, now)
+                elif isinstance(event, Admitted) and not self._is_running:
+                    self._admit(event, now)
+
+    def _take_token(self, sample_id: str, now: float) -> None:
+        pace = self._paces.get(sample_id)
+        if pace is not None:
+            self._figures.itl.observe(now - pace.last)
+            pace.last = now
+            pace.num_tokens += 1
+            return
+        if not self._paces:
+            self._figures.ttft.observe(now - self._arrived)
+        self._paces[sample_id] = _Pace(now, now)
+
+    def _admit(self, admitted: Admitted, now: float) -> None:
+        figures = self._figures
+        self.cache_id = admitted.cache_id
+        self._leave_queue()
+        self._is_running = True
+        figures.num_running += 1
+        figures.queue.observe(now - self._submitted)
+        figures.num_prompt_tokens += self._num_prompt_tokens
+        figures.num_cached_tokens += admitted.num_cached_tokens
 
     def end(self, outcome: str, error: DecoderError | None = None) -> None:
         """It is over, whatever ended it; one of OUTCOMES. Only whole answers count in the latencies of requests."""

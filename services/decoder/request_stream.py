@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 
 from protos import decoder_pb2
 from services.decoder.errors import DecoderError
@@ -38,12 +38,19 @@ class RequestStream:
     @property
     def error(self) -> DecoderError | None:
         """What the request fails with, if it does."""
-        return next((sample.error for sample in self._samples.values() if sample.error is not None), None)
+        for sample in self._samples.values():
+            if sample.error is not None:
+                return sample.error
+        return None
 
     @property
     def ended(self) -> bool:
         """Whether no event matters any more."""
-        return self.error is not None or all(sample.ended for sample in self._samples.values())
+        # Asked for at every step: a generator for `all` would cost more than what it looks at.
+        for sample in self._samples.values():
+            if not sample.ended:
+                return self.error is not None
+        return True
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -79,12 +86,19 @@ class RequestStream:
 
     def take(self, events: Mapping[str, Sequence[Event]]) -> Iterator[decoder_pb2.GenerateResponse]:
         """The responses that some events amount to, by the engine's ids of their samples."""
-        first = next((e for came in events.values() for e in came if isinstance(e, (Admitted, Failed))), None)
-        if not self._is_started and isinstance(first, Failed):
-            # The first sample was refused, and another one was admitted before it could be ended: the request has not started.
-            events = {sample_id: [e for e in came if isinstance(e, Failed)] for sample_id, came in events.items()}
+        if not self._is_started:
+            events = yield from self._begin(events)
         for sample_id, came in events.items():
-            for event in came:
-                if isinstance(event, Admitted):
-                    yield from self.start(event)
             yield from self._samples[sample_id].take(came)
+
+    def _begin(
+        self, events: Mapping[str, Sequence[Event]]
+    ) -> Generator[decoder_pb2.GenerateResponse, None, Mapping[str, Sequence[Event]]]:
+        """Starts the request when one of its samples was admitted; returns the events that still count."""
+        first = next((e for came in events.values() for e in came if isinstance(e, (Admitted, Failed))), None)
+        if isinstance(first, Admitted):
+            yield from self.start(first)
+        elif isinstance(first, Failed):
+            # The first sample was refused, and another one was admitted before it could be ended: the request has not started.
+            return {sample_id: [e for e in came if isinstance(e, Failed)] for sample_id, came in events.items()}
+        return events

@@ -60,61 +60,69 @@ class SampleStream:
 
     def take(self, events: Sequence[Event]) -> Iterator[decoder_pb2.GenerateResponse]:
         """The responses that some events amount to; tokens that came together share a delta."""
-        delta: decoder_pb2.Delta | None = None
+        response: decoder_pb2.GenerateResponse | None = None
         for event in events:
             if self.ended:
                 break
             if isinstance(event, Token):
-                delta = self._add(event, delta)
+                if response is None:
+                    response = self._new_delta()
+                self._add(event, response.delta)
                 if self.stopped_by_text:
-                    yield from self._end(delta, FinishReason.STOP)
-                    delta = None
+                    yield from self._end(response, FinishReason.STOP)
+                    response = None
             elif isinstance(event, Admitted):
                 self._num_cached_tokens = event.num_cached_tokens
             elif isinstance(event, Finished):
                 self._num_cached_tokens = event.num_cached_tokens
-                yield from self._end(delta, event.reason, event.stop_token_id)
-                delta = None
+                yield from self._end(response, event.reason, event.stop_token_id)
+                response = None
             else:
                 self._fail(event)
-        if delta is not None:
-            yield decoder_pb2.GenerateResponse(delta=delta)
+        if response is not None:
+            yield response
 
     def catch_up(self) -> Iterator[decoder_pb2.GenerateResponse]:
         """What a resuming client lacks of the text; `finished` too when that already ends the sample."""
-        delta = self._new_delta() if self._undelivered else None
-        if delta is not None:
-            delta.text, self._undelivered = self._undelivered, ""
+        response = self._new_delta() if self._undelivered else None
+        if response is not None:
+            response.delta.text, self._undelivered = self._undelivered, ""
         if self.stopped_by_text:
-            yield from self._end(delta, FinishReason.STOP)
-        elif delta is not None:
-            yield decoder_pb2.GenerateResponse(delta=delta)
+            yield from self._end(response, FinishReason.STOP)
+        elif response is not None:
+            yield response
 
-    def _new_delta(self) -> decoder_pb2.Delta:
-        return decoder_pb2.Delta(sample_index=self._request.sample_index, position=self.num_output_tokens)
+    def _new_delta(self) -> decoder_pb2.GenerateResponse:
+        # Filled in place, here and where tokens are added: a message passed to a constructor is copied.
+        response = decoder_pb2.GenerateResponse()
+        delta = response.delta
+        delta.position = self.num_output_tokens
+        if self._request.sample_index:
+            delta.sample_index = self._request.sample_index
+        return response
 
-    def _add(self, token: Token, delta: decoder_pb2.Delta | None) -> decoder_pb2.Delta:
-        delta = self._new_delta() if delta is None else delta
+    def _add(self, token: Token, delta: decoder_pb2.Delta) -> None:
         delta.token_ids.append(token.token_id)
         if token.logprobs is not None:
             delta.logprobs.append(_logprobs(token.logprobs))
         self.num_output_tokens += 1
         # A stop token ends the text, and is no part of it.
         if token.token_id not in self._request.stop_token_ids:
-            delta.text += self._text.push(token.token_id)
-        return delta
+            text = self._text.push(token.token_id)
+            if text:
+                delta.text += text
 
     def _end(
-        self, delta: decoder_pb2.Delta | None, reason: FinishReason, stop_token_id: int | None = None
+        self, response: decoder_pb2.GenerateResponse | None, reason: FinishReason, stop_token_id: int | None = None
     ) -> Iterator[decoder_pb2.GenerateResponse]:
         rest = self._text.finish()
         if self.stopped_by_text:
             reason, stop_token_id = FinishReason.STOP, None
         if rest:
-            delta = self._new_delta() if delta is None else delta
-            delta.text += rest
-        if delta is not None:
-            yield decoder_pb2.GenerateResponse(delta=delta)
+            response = self._new_delta() if response is None else response
+            response.delta.text += rest
+        if response is not None:
+            yield response
         self.finish_reason = reason
         yield decoder_pb2.GenerateResponse(
             finished=decoder_pb2.Finished(

@@ -12,7 +12,7 @@ from grpc_status import rpc_status
 
 from protos import decoder_pb2, decoder_pb2_grpc
 from services.decoder.errors import DecoderError, DuplicateRequestError, to_status
-from services.decoder.event_router import EventRouter, next_events
+from services.decoder.event_router import EventRouter
 from services.decoder.request import Admitted, DecodeRequest
 from services.decoder.request_meter import RequestFigures, RequestMeter
 from services.decoder.request_parser import TENANT_METADATA_KEY, ParsedRequest, RequestParser
@@ -113,7 +113,7 @@ class DecoderServicer(decoder_pb2_grpc.DecoderServicer):
         self._running[first.request_id] = sample_ids
         try:
             while not stream.ended:
-                came = await next_events(events)
+                came = await events.take()
                 meter.take(came)
                 for response in stream.take(came):
                     await context.write(response)

@@ -28,11 +28,19 @@ class _ByteDetokenizer:
     def __init__(self, pieces: BytePieces) -> None:
         self._pieces = pieces
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._holds_bytes = False  # the beginning of a character
 
     def push(self, token_id: int) -> str:
-        return self._decoder.decode(self._pieces[token_id])
+        if not self._holds_bytes:
+            text = self._pieces.whole_text(token_id)
+            if text is not None:
+                return text
+        text = self._decoder.decode(self._pieces[token_id])
+        self._holds_bytes = self._decoder.getstate()[0] != b""
+        return text
 
     def finish(self) -> str:
+        self._holds_bytes = False
         return self._decoder.decode(b"", True)
 
 
@@ -117,6 +125,7 @@ class TextStream:
             self._detokenizer = _ContextDetokenizer(tokenizer)
         # Longest first: of two that end with the same character the longer one counts.
         self._stops = [_StopString(string) for string in sorted(set(stop_strings), key=len, reverse=True)]
+        self._passes_all = not self._stops
         self._held = ""  # the beginning of a stop string, perhaps
         self._already_delivered = ""  # what the client has of the text to come
         self.stop_string: str | None = None  # the one that ended the text
@@ -125,7 +134,8 @@ class TextStream:
         """The text to deliver after one more token; empty once a stop string has ended it."""
         if self.stop_string is not None:
             return ""
-        return self._deliver(self._release(self._detokenizer.push(token_id)))
+        text = self._detokenizer.push(token_id)
+        return text if self._passes_all and not self._already_delivered else self._deliver(self._release(text))
 
     def finish(self) -> str:
         """The rest of the text when no token follows: what was held back, and U+FFFD for an unfinished character."""
@@ -159,7 +169,7 @@ class TextStream:
 
     def _release(self, text: str) -> str:
         """The part of the held and the new text that is certainly not in a stop string."""
-        if not self._stops:
+        if self._passes_all:
             return text
         pending = self._held + text
         for index, char in enumerate(text, start=len(self._held) + 1):

@@ -70,6 +70,16 @@ class BytePieces:
             token_id for token_id, added in inner.get_added_tokens_decoder().items() if added.special
         )
         self._known: dict[int, bytes] = {}
+        self._whole_texts: dict[int, str | None] = {}
+
+    def whole_text(self, token_id: int) -> str | None:
+        """A token's text when its bytes are whole characters, whatever stands around them; None when they are not."""
+        if token_id not in self._whole_texts:
+            try:
+                self._whole_texts[token_id] = self[token_id].decode()
+            except UnicodeDecodeError:
+                self._whole_texts[token_id] = None
+        return self._whole_texts[token_id]
 
     def __getitem__(self, token_id: int) -> bytes:
         """Empty for special tokens and for ids that the tokenizer lacks."""

@@ -106,6 +106,17 @@ async def test_samples_start_once_and_end_each_for_itself(harness: Harness) -> N
     assert harness.engine.aborted == []
 
 
+async def test_started_comes_before_the_end_of_a_sample_that_never_ran(harness: Harness) -> None:
+    client = Client(harness, 2)
+    await until_submitted(harness, 2)
+    client.emit((0, Finished(FinishReason.CANCELLED, 0, 0)), (1, Admitted(0, None)), *tokens(1, ids_of("he")))
+    client.emit((1, Finished(FinishReason.LENGTH, len(ids_of("he")), 0)))
+    responses = await client.rest()
+    assert responses[0].WhichOneof("event") == "started"
+    assert client.finished()[0].reason == pb.FINISH_REASON_CANCELLED
+    assert client.text(1) == "he"
+
+
 async def test_a_stop_string_ends_its_own_sample_only(harness: Harness) -> None:
     client = Client(harness, 2, stop=pb.StopConditions(strings=["STOP"]))
     await until_submitted(harness, 2)
