@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from services.decoder.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EngineSettings:
     """Limits of one engine; raises ConfigError when they contradict each other."""
 

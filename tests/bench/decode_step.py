@@ -141,7 +141,9 @@ class Bench:
             config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self._kv_dtype, bytes(32)
         )
         leases = ContiguousLeases(lambda _: self._caches(capacity, len(prompts)))
-        settings = EngineSettings(len(prompts), capacity, max(batched_tokens, len(prompts)))
+        settings = EngineSettings(
+            max_seqs=len(prompts), kv_capacity=capacity, max_num_batched_tokens=max(batched_tokens, len(prompts))
+        )
         events: queue.SimpleQueue[tuple[str, Event]] = queue.SimpleQueue()
 
         def emit(batch: Sequence[tuple[str, Event]]) -> None:
