@@ -85,7 +85,9 @@ class InProcess:
 
         leases = ContiguousLeases(lambda geometry: contiguous_kv(geometry, config.max_seqs, kv_capacity))
         self._came: queue.SimpleQueue[Sequence[tuple[str, Event]]] = queue.SimpleQueue()
-        settings = EngineSettings(config.max_seqs, kv_capacity, config.max_num_batched_tokens)
+        settings = EngineSettings(
+            max_seqs=config.max_seqs, kv_capacity=kv_capacity, max_num_batched_tokens=config.max_num_batched_tokens
+        )
         self._engine = Engine(build, leases, settings, self._came.put)
         self._engine.start()
 
