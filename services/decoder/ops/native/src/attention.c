@@ -145,7 +145,10 @@ static void attend_item(void *arg, int64_t item, int member) {
     const task *t = job->tasks + item;
     attention_task a = describe(job, t);
     if (t->split >= 0) {
-        job->c->k->attend(&a, t->split, state_at(job->parts, t->state, job->width));
+        int64_t after = team_next(job->c->team, member);
+        const task *other = after < 0 || job->tasks[after].split < 0 ? NULL : job->tasks + after;
+        attention_task next = other ? describe(job, other) : a;
+        job->c->k->attend(&a, t->split, other ? &next : NULL, other ? other->split : 0, state_at(job->parts, t->state, job->width));
         return;
     }
     int64_t rows = t->num_rows * job->group;
@@ -153,7 +156,7 @@ static void attend_item(void *arg, int64_t item, int member) {
     softmax_state part = state_at(sum, job->scratch_rows, job->width);
     memset(sum.total, 0, (size_t)rows * sizeof *sum.total);
     for (int64_t split = first_split(&a); split < num_splits(&a); split++) {
-        job->c->k->attend(&a, split, part);
+        job->c->k->attend(&a, split, NULL, 0, part);
         job->c->k->merge(sum, part, rows, job->layer->head_dim);
     }
     write_out(job, t, sum);

@@ -4,32 +4,37 @@
 #include "kernels.h"
 #include "simd.h"
 
-enum { PAIR = 2 };
+enum { PAIR = 2, CACHE_LINE = 64 };
 
-/* Where some rows lie, and their scales. */
+/* Rows of tokens that follow one another in memory, `stride` rows apart, and their scales. */
 typedef struct {
     const uint8_t *rows;
     const float *scales;
-    int64_t index;
-} kv_row;
+    int64_t index, stride, count;
+} kv_run;
 
-/* The row of token `at` of the sequence, of K (value 0) or V (value 1). */
-static kv_row row_of(const attention_task *task, int64_t at, int value) {
+/* The rows of tokens [at, at + n) of K (value 0) or V (value 1), as far as they lie in one block, or are the step's own. */
+static kv_run run_of(const attention_task *task, int64_t at, int64_t n, int value) {
     if (at >= task->context_len) {
         int64_t index = (at - task->context_len) * task->num_kv_heads + task->kv_head;
-        return value ? (kv_row){task->own_v, task->own_v_scales, index} : (kv_row){task->own_k, task->own_k_scales, index};
+        return (kv_run){value ? task->own_v : task->own_k, value ? task->own_v_scales : task->own_k_scales, index,
+                        task->num_kv_heads, n};
     }
-    const uint8_t *block = (const uint8_t *)(uintptr_t)task->blocks[at / task->block_size];
-    int64_t index = task->first_row + value * task->value_stride + at % task->block_size * task->token_stride;
-    return (kv_row){block + task->rows_offset, (const float *)block, index};
+    int64_t number = at / task->block_size, offset = at - number * task->block_size;
+    const uint8_t *block = (const uint8_t *)(uintptr_t)task->blocks[number];
+    int64_t index = task->first_row + value * task->value_stride + offset * task->token_stride;
+    if (n > task->block_size - offset) n = task->block_size - offset;
+    if (n > task->context_len - at) n = task->context_len - at;
+    return (kv_run){block + task->rows_offset, (const float *)block, index, task->token_stride, n};
 }
 
-INLINE void widen_row(kv_row from, int64_t row_bytes, int64_t n, int format, float *out) {
-    const uint8_t *row = from.rows + from.index * row_bytes;
+/* Row `index` of a run. */
+INLINE void widen_row(const kv_run *from, int64_t index, int64_t row_bytes, int64_t n, int format, float *out) {
+    const uint8_t *row = from->rows + index * row_bytes;
     int64_t i = 0;
     if (format == FORMAT_I8) {
         const int8_t *p = (const int8_t *)row;
-        float scale = from.scales[from.index];
+        float scale = from->scales[index];
         f32x8 factor = f8_set1(scale);
         for (; i + 8 <= n; i += 8) f8_store(out + i, f8_mul(f8_of_i8(p + i), factor));
         for (; i < n; i++) out[i] = (float)p[i] * scale;
@@ -50,8 +55,26 @@ INLINE void widen_row(kv_row from, int64_t row_bytes, int64_t n, int format, flo
 
 /* Tokens [begin, begin + n) to floats, `width` apart. */
 static void widen_tile(const attention_task *task, int64_t begin, int n, int value, int64_t width, float *out) {
-    for (int i = 0; i < n; i++)
-        widen_row(row_of(task, begin + i, value), task->row_bytes, task->head_dim, task->kv_format, out + i * width);
+    for (int64_t i = 0; i < n;) {
+        kv_run run = run_of(task, begin + i, n - i, value);
+        for (int64_t j = 0; j < run.count; j++, i++)
+            widen_row(&run, run.index + j * run.stride, task->row_bytes, task->head_dim, task->kv_format, out + i * width);
+    }
+}
+
+/* Tokens [begin, begin + n) into the cache: a block's rows of one head are too few for the processor to foresee. A macro's user
+ * is always inlined here, see `prefetch`. */
+INLINE void fetch_tile(const attention_task *task, int64_t begin, int64_t n) {
+    for (int value = 0; value < 2; value++)
+        for (int64_t i = 0; i < n;) {
+            kv_run run = run_of(task, begin + i, n - i, value);
+            int64_t rows = run.stride == 1 ? 1 : run.count, bytes = run.stride == 1 ? run.count * task->row_bytes : task->row_bytes;
+            for (int64_t j = 0; j < rows; j++) {
+                const uint8_t *row = run.rows + (run.index + j * run.stride) * task->row_bytes;
+                for (int64_t at = 0; at < bytes; at += CACHE_LINE) prefetch(row + at);
+            }
+            i += run.count;
+        }
 }
 
 /* scores[h][i] = scale * q[h] . k[i] for HEADS heads and n tokens (rounded up to whole fours, which are there). */
@@ -69,16 +92,22 @@ INLINE void score_tile(const int HEADS, const float *const *q, const float *k, i
                 UNROLL for (int j = 0; j < 4; j++) acc[h][j] = f8_fma(query, row[j], acc[h][j]);
             }
         }
-        UNROLL for (int h = 0; h < HEADS; h++)
-            UNROLL for (int j = 0; j < 4; j++) scores[h][i + j] = f8_sum(acc[h][j]) * scale;
+        UNROLL for (int h = 0; h < HEADS; h++) {
+            float sums[4];
+            f8_sums4(sums, acc[h][0], acc[h][1], acc[h][2], acc[h][3]);
+            for (int j = 0; j < 4; j++) scores[h][i + j] = sums[j] * scale;
+        }
     }
 }
 
 /* Turns scores [first, end) into weights, all others into 0, and folds them into the running largest and total.
  * Returns what the values so far must be multiplied by. */
 INLINE float weigh(float *scores, int first, int end, float *largest, float *total) {
-    float peak = *largest;
-    for (int i = first; i < end; i++) peak = scores[i] > peak ? scores[i] : peak;
+    for (int i = 0; i < first; i++) scores[i] = -__builtin_inff();
+    for (int i = end; i < KV_TILE; i++) scores[i] = -__builtin_inff();
+    f32x8 peaks = f8_set1(*largest);
+    for (int i = 0; i < KV_TILE; i += 8) peaks = f8_max(f8_load(scores + i), peaks);
+    float peak = f8_largest(peaks);
     f32x8 sum = f8_zero(), m = f8_set1(peak);
     for (int i = 0; i < KV_TILE; i += 8) f8_store(scores + i, f8_exp(f8_sub(f8_load(scores + i), m)));
     for (int i = 0; i < first; i++) scores[i] = 0;
@@ -123,7 +152,6 @@ INLINE void add_values(const int HEADS, float *const *values, const float *fade,
 INLINE void attend_heads(const int HEADS, const float *const *q, const float *k, const float *v, int64_t width,
                          int first, int end, float scale, float *largest, float *total, float *const *values) {
     float scores[PAIR][KV_TILE], fade[PAIR];
-    for (int h = 0; h < HEADS; h++) memset(scores[h], 0, sizeof scores[h]);
     score_tile(HEADS, q, k, width, end, scale, scores);
     for (int h = 0; h < HEADS; h++) fade[h] = weigh(scores[h], first, end, largest + h, total + h);
     add_values(HEADS, values, fade, scores, v, width, first, end);
@@ -158,21 +186,39 @@ static void attend_row(const attention_task *task, int64_t i, int64_t begin, int
     }
 }
 
-void ISA(attend)(const attention_task *task, int64_t split, softmax_state out) {
+/* The first token of a split that one of the rows sees, at the begin of a tile, and the end of those that one sees. */
+static int64_t begin_of(const attention_task *task, int64_t split) {
+    int64_t begin = split * KV_SPLIT;
+    if (!task->window || task->first_position < task->window) return begin;
+    int64_t seen = (task->first_position - task->window + 1) / KV_TILE * KV_TILE;
+    return seen > begin ? seen : begin;
+}
+
+static int64_t end_of(const attention_task *task, int64_t split) {
+    int64_t end = task->first_position + task->num_rows;
+    return end > (split + 1) * KV_SPLIT ? (split + 1) * KV_SPLIT : end;
+}
+
+INLINE int64_t tile_tokens(int64_t begin, int64_t stop) {
+    return stop - begin < 0 ? 0 : stop - begin < KV_TILE ? stop - begin : KV_TILE;
+}
+
+void ISA(attend)(const attention_task *task, int64_t split, const attention_task *next, int64_t next_split,
+                 softmax_state out) {
     int64_t width = (task->head_dim + 7) / 8 * 8, heads = task->num_heads / task->num_kv_heads;
     _Alignas(64) float k[KV_TILE * MAX_HEAD_DIM], v[KV_TILE * MAX_HEAD_DIM], padded[PAIR * MAX_HEAD_DIM];
     for (int64_t i = 0; i < task->num_rows * heads; i++) out.largest[i] = -__builtin_inff();
     memset(out.total, 0, (size_t)(task->num_rows * heads) * sizeof *out.total);
     memset(out.values, 0, (size_t)(task->num_rows * heads * width) * sizeof *out.values);
     if (width != task->head_dim) memset(padded, 0, sizeof padded);
-    int64_t begin = split * KV_SPLIT, stop = task->first_position + task->num_rows;
-    if (stop > begin + KV_SPLIT) stop = begin + KV_SPLIT;
-    if (task->window && task->first_position >= task->window) {
-        int64_t seen = (task->first_position - task->window + 1) / KV_TILE * KV_TILE;
-        if (seen > begin) begin = seen;
+    int64_t begin = begin_of(task, split), stop = end_of(task, split);
+    if (next) {
+        int64_t first = begin_of(next, next_split);
+        fetch_tile(next, first, tile_tokens(first, end_of(next, next_split)));
     }
     for (; begin < stop; begin += KV_TILE) {
-        int n = stop - begin < KV_TILE ? (int)(stop - begin) : KV_TILE;
+        int n = (int)tile_tokens(begin, stop);
+        fetch_tile(task, begin + KV_TILE, tile_tokens(begin + KV_TILE, stop));
         widen_tile(task, begin, n, 0, width, k);
         widen_tile(task, begin, n, 1, width, v);
         for (int i = n; i % 4; i++) memset(k + i * width, 0, (size_t)width * sizeof *k);

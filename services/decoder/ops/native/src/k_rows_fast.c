@@ -129,7 +129,15 @@ INLINE void tile(const int FORMAT, const int R, const int T, const int GROUP, co
     } else {
         q8_tile(R, T, GROUP, weight, m->row_bytes, m->cols, s, tokens, next.weight, acc);
     }
-    UNROLL for (int t = 0; t < T; t++)
+    if (R == ROWS) {
+        UNROLL for (int t = 0; t + 2 <= T; t += 2) {
+            float sums[2 * ROWS];
+            f8_sums4(sums, acc[t][0], acc[t][1], acc[t + 1][0], acc[t + 1][1]);
+            memcpy(out + t * out_stride, sums, sizeof sums / 2);
+            memcpy(out + (t + 1) * out_stride, sums + ROWS, sizeof sums / 2);
+        }
+    }
+    UNROLL for (int t = R == ROWS ? T / 2 * 2 : 0; t < T; t++)
         UNROLL for (int r = 0; r < R; r++) out[t * out_stride + r] = f8_sum(acc[t][r]);
 }
 

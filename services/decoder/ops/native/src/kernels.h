@@ -85,8 +85,10 @@ typedef struct {
     void (*add_scaled)(float *sum, const float *x, float factor, int64_t n);
     /* Turns scores into weights in place; returns the largest score, and the sum of the weights in *total. */
     float (*softmax)(float *scores, int64_t n, float *total);
-    /* The tokens of split `split` that the rows may see. A row that sees none gets total 0. */
-    void (*attend)(const attention_task *task, int64_t split, softmax_state out);
+    /* The tokens of split `split` that the rows may see. A row that sees none gets total 0. Meanwhile the beginning of what this
+     * thread attends to next, unless that is NULL, is fetched into the cache. */
+    void (*attend)(const attention_task *task, int64_t split, const attention_task *next, int64_t next_split,
+                   softmax_state out);
     void (*merge)(softmax_state sum, softmax_state part, int64_t num_rows, int64_t head_dim);
     void (*scale_out)(const float *values, float total, int64_t n, float *out);
     /* Index of the largest, the first of equals. */

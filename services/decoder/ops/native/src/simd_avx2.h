@@ -30,6 +30,17 @@ static inline float f8_sum(f32x8 a) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
+/* f8_sum of each: out[0] is a's. */
+static inline void f8_sums4(float *out, f32x8 a, f32x8 b, f32x8 c, f32x8 d) {
+    f32x8 ab = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    f32x8 cd = _mm256_add_ps(_mm256_permute2f128_ps(c, d, 0x20), _mm256_permute2f128_ps(c, d, 0x31));
+    /* a0 a1 c0 c1, b0 b1 d0 d1 */
+    f32x8 pairs = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE));
+    __m128 ac = _mm256_castps256_ps128(pairs), bd = _mm256_extractf128_ps(pairs, 1);
+    __m128 sums = _mm_add_ps(_mm_shuffle_ps(ac, bd, 0x88), _mm_shuffle_ps(ac, bd, 0xDD)); /* a c b d */
+    _mm_storeu_ps(out, _mm_shuffle_ps(sums, sums, 0xD8));
+}
+
 static inline float f8_largest(f32x8 a) {
     __m128 s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));

@@ -38,6 +38,14 @@ static inline float f8_sum(f32x8 a) {
     float32x2_t pair = vadd_f32(vget_low_f32(s), vget_high_f32(s));
     return vget_lane_f32(pair, 0) + vget_lane_f32(pair, 1);
 }
+/* f8_sum of each: out[0] is a's. */
+static inline void f8_sums4(float *out, f32x8 a, f32x8 b, f32x8 c, f32x8 d) {
+    out[0] = f8_sum(a);
+    out[1] = f8_sum(b);
+    out[2] = f8_sum(c);
+    out[3] = f8_sum(d);
+}
+
 static inline float f8_largest(f32x8 a) { return vmaxvq_f32(vmaxq_f32(a.lo, a.hi)); }
 
 static inline float32x4_t exp2_whole4(float32x4_t n) {

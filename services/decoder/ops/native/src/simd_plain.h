@@ -39,6 +39,14 @@ static inline float f8_sum(f32x8 a) {
     const float *v = a.v;
     return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
+/* f8_sum of each: out[0] is a's. */
+static inline void f8_sums4(float *out, f32x8 a, f32x8 b, f32x8 c, f32x8 d) {
+    out[0] = f8_sum(a);
+    out[1] = f8_sum(b);
+    out[2] = f8_sum(c);
+    out[3] = f8_sum(d);
+}
+
 static inline float f8_largest(f32x8 a) {
     float m = a.v[0];
     for (int i = 1; i < 8; i++) m = a.v[i] > m ? a.v[i] : m;
