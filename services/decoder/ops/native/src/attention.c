@@ -99,7 +99,7 @@ typedef struct {
 } attend_job;
 
 static softmax_state state_at(softmax_state s, int64_t row, int64_t width) {
-    return (softmax_state){s.largest + row, s.total + row, s.values + row * width};
+    return (softmax_state){s.largest + row, s.total + row, s.values + row * width, s.weights + row * WEIGHTS};
 }
 
 static attention_task describe(const attend_job *job, const task *t) {
@@ -201,8 +201,8 @@ static int64_t add_tasks(task *tasks, int64_t count, int64_t *state, const atten
 }
 
 static softmax_state new_states(context *c, enum buffer which, int64_t rows, int64_t width) {
-    float *memory = NEW(c, which, float, rows * (width + 2));
-    return (softmax_state){memory + rows * width, memory + rows * (width + 1), memory};
+    float *memory = NEW(c, which, float, rows * (width + WEIGHTS + 2)), *numbers = memory + rows * (width + WEIGHTS);
+    return (softmax_state){numbers, numbers + rows, memory, memory + rows * width};
 }
 
 void attend_step(context *c, const attention_layer *l, int64_t index, const step *s) {

@@ -1,4 +1,5 @@
 /* Paged attention of a few rows: K/V is read in place, widened KV_TILE tokens at a time, and shared by all rows and heads.
+ * The scores of a tile come first, for all of them, then its values: K and V at once would not fit the nearest cache.
  *
  * Tiles and splits begin at absolute positions, so a row's result depends on its own position alone. */
 #include "kernels.h"
@@ -77,9 +78,9 @@ INLINE void fetch_tile(const attention_task *task, int64_t begin, int64_t n) {
         }
 }
 
-/* scores[h][i] = scale * q[h] . k[i] for HEADS heads and n tokens (rounded up to whole fours, which are there). */
+/* scores[h * WEIGHTS + i] = scale * q[h] . k[i] for HEADS heads and n tokens (rounded up to whole fours, which are there). */
 INLINE void score_tile(const int HEADS, const float *const *q, const float *k, int64_t width, int n, float scale,
-                       float (*scores)[KV_TILE]) {
+                       float *scores) {
     for (int i = 0; i < n; i += 4) {
         f32x8 acc[PAIR][4];
         UNROLL for (int h = 0; h < HEADS; h++)
@@ -87,6 +88,7 @@ INLINE void score_tile(const int HEADS, const float *const *q, const float *k, i
         for (int64_t d = 0; d < width; d += 8) {
             f32x8 row[4];
             UNROLL for (int j = 0; j < 4; j++) row[j] = f8_load(k + (i + j) * width + d);
+            UNROLL for (int j = 0; j < 4; j++) keep(row[j]);
             UNROLL for (int h = 0; h < HEADS; h++) {
                 f32x8 query = f8_load(q[h] + d);
                 UNROLL for (int j = 0; j < 4; j++) acc[h][j] = f8_fma(query, row[j], acc[h][j]);
@@ -95,7 +97,7 @@ INLINE void score_tile(const int HEADS, const float *const *q, const float *k, i
         UNROLL for (int h = 0; h < HEADS; h++) {
             float sums[4];
             f8_sums4(sums, acc[h][0], acc[h][1], acc[h][2], acc[h][3]);
-            for (int j = 0; j < 4; j++) scores[h][i + j] = sums[j] * scale;
+            for (int j = 0; j < 4; j++) scores[h * WEIGHTS + i + j] = sums[j] * scale;
         }
     }
 }
@@ -120,54 +122,55 @@ INLINE float weigh(float *scores, int first, int end, float *largest, float *tot
     return fade[0];
 }
 
-/* values[h] = fade[h] * values[h] + the weighted sum of v[i], first <= i < end. */
-INLINE void add_values(const int HEADS, float *const *values, const float *fade, float (*weights)[KV_TILE],
-                       const float *v, int64_t width, int first, int end) {
+/* values[h] = fade * values[h] + the weighted sum of v[i], first <= i < end; a head's weights end with its fade. */
+INLINE void add_values(const int HEADS, float *values, const float *weights, const float *v, int64_t width, int first, int end) {
     int64_t d = 0;
     for (; d + 32 <= width; d += 32) {
         f32x8 acc[PAIR][4];
-        UNROLL for (int h = 0; h < HEADS; h++)
-            UNROLL for (int j = 0; j < 4; j++) acc[h][j] = f8_mul(f8_load(values[h] + d + 8 * j), f8_set1(fade[h]));
+        UNROLL for (int h = 0; h < HEADS; h++) {
+            f32x8 fade = f8_set1(weights[h * WEIGHTS + KV_TILE]);
+            UNROLL for (int j = 0; j < 4; j++) acc[h][j] = f8_mul(f8_load(values + h * width + d + 8 * j), fade);
+        }
         for (int i = first; i < end; i++) {
             f32x8 row[4];
             UNROLL for (int j = 0; j < 4; j++) row[j] = f8_load(v + i * width + d + 8 * j);
+            UNROLL for (int j = 0; j < 4; j++) keep(row[j]);
             UNROLL for (int h = 0; h < HEADS; h++) {
-                f32x8 weight = f8_set1(weights[h][i]);
+                f32x8 weight = f8_set1(weights[h * WEIGHTS + i]);
                 UNROLL for (int j = 0; j < 4; j++) acc[h][j] = f8_fma(weight, row[j], acc[h][j]);
             }
         }
         UNROLL for (int h = 0; h < HEADS; h++)
-            UNROLL for (int j = 0; j < 4; j++) f8_store(values[h] + d + 8 * j, acc[h][j]);
+            UNROLL for (int j = 0; j < 4; j++) f8_store(values + h * width + d + 8 * j, acc[h][j]);
     }
     for (; d < width; d += 8) {
         UNROLL for (int h = 0; h < HEADS; h++) {
-            f32x8 acc = f8_mul(f8_load(values[h] + d), f8_set1(fade[h]));
-            for (int i = first; i < end; i++) acc = f8_fma(f8_set1(weights[h][i]), f8_load(v + i * width + d), acc);
-            f8_store(values[h] + d, acc);
+            f32x8 acc = f8_mul(f8_load(values + h * width + d), f8_set1(weights[h * WEIGHTS + KV_TILE]));
+            for (int i = first; i < end; i++)
+                acc = f8_fma(f8_set1(weights[h * WEIGHTS + i]), f8_load(v + i * width + d), acc);
+            f8_store(values + h * width + d, acc);
         }
     }
 }
 
-/* HEADS heads of one row against one tile. */
-INLINE void attend_heads(const int HEADS, const float *const *q, const float *k, const float *v, int64_t width,
-                         int first, int end, float scale, float *largest, float *total, float *const *values) {
-    float scores[PAIR][KV_TILE], fade[PAIR];
-    score_tile(HEADS, q, k, width, end, scale, scores);
-    for (int h = 0; h < HEADS; h++) fade[h] = weigh(scores[h], first, end, largest + h, total + h);
-    add_values(HEADS, values, fade, scores, v, width, first, end);
+/* Some tokens of the tile at hand: [first, end) of it are seen. */
+typedef struct {
+    int first, end;
+} seen;
+
+/* What row i sees of the tile that begins at `begin` and has n tokens. */
+static seen seen_by(const attention_task *task, int64_t i, int64_t begin, int n) {
+    int64_t position = task->first_position + i;
+    int64_t from = task->window && position >= task->window ? position - task->window + 1 - begin : 0;
+    return (seen){from < 0 ? 0 : from > n ? n : (int)from, position - begin + 1 < n ? (int)(position - begin + 1) : n};
 }
 
-/* All heads of row i against the tile that begins at `begin` and has n tokens. */
-static void attend_row(const attention_task *task, int64_t i, int64_t begin, int n, const float *k, const float *v,
-                       int64_t width, float *padded, softmax_state out) {
-    int64_t heads = task->num_heads / task->num_kv_heads, position = task->first_position + i;
-    int64_t from = task->window && position >= task->window ? position - task->window + 1 - begin : 0;
-    int first = from < 0 ? 0 : from > n ? n : (int)from;
-    int end = position - begin + 1 < n ? (int)(position - begin + 1) : n;
-    if (first >= end) return;
+/* The weights of all heads of row i for a tile of K. */
+static void weigh_row(const attention_task *task, int64_t i, seen tokens, const float *k, int64_t width, float *padded,
+                      softmax_state out) {
+    int64_t heads = task->num_heads / task->num_kv_heads;
     for (int64_t h = 0; h < heads; h += PAIR) {
         const float *q[PAIR];
-        float *values[PAIR];
         int count = heads - h < PAIR ? 1 : PAIR;
         for (int j = 0; j < count; j++) {
             q[j] = task->q + i * task->q_stride + (task->kv_head * heads + h + j) * task->head_dim;
@@ -175,13 +178,30 @@ static void attend_row(const attention_task *task, int64_t i, int64_t begin, int
                 memcpy(padded + j * width, q[j], (size_t)task->head_dim * sizeof *padded);
                 q[j] = padded + j * width;
             }
-            values[j] = out.values + (i * heads + h + j) * width;
         }
-        float *largest = out.largest + i * heads + h, *total = out.total + i * heads + h;
+        float *weights = out.weights + (i * heads + h) * WEIGHTS;
         if (count == PAIR) {
-            attend_heads(PAIR, q, k, v, width, first, end, task->scale, largest, total, values);
+            score_tile(PAIR, q, k, width, tokens.end, task->scale, weights);
         } else {
-            attend_heads(1, q, k, v, width, first, end, task->scale, largest, total, values);
+            score_tile(1, q, k, width, tokens.end, task->scale, weights);
+        }
+        for (int j = 0; j < count; j++, weights += WEIGHTS) {
+            int64_t head = i * heads + h + j;
+            weights[KV_TILE] = weigh(weights, tokens.first, tokens.end, out.largest + head, out.total + head);
+        }
+    }
+}
+
+/* Adds a tile of V to the values of all heads of row i. */
+static void add_row(const attention_task *task, int64_t i, seen tokens, const float *v, int64_t width, softmax_state out) {
+    int64_t heads = task->num_heads / task->num_kv_heads;
+    for (int64_t h = 0; h < heads; h += PAIR) {
+        float *values = out.values + (i * heads + h) * width;
+        const float *weights = out.weights + (i * heads + h) * WEIGHTS;
+        if (heads - h >= PAIR) {
+            add_values(PAIR, values, weights, v, width, tokens.first, tokens.end);
+        } else {
+            add_values(1, values, weights, v, width, tokens.first, tokens.end);
         }
     }
 }
@@ -206,7 +226,7 @@ INLINE int64_t tile_tokens(int64_t begin, int64_t stop) {
 void ISA(attend)(const attention_task *task, int64_t split, const attention_task *next, int64_t next_split,
                  softmax_state out) {
     int64_t width = (task->head_dim + 7) / 8 * 8, heads = task->num_heads / task->num_kv_heads;
-    _Alignas(64) float k[KV_TILE * MAX_HEAD_DIM], v[KV_TILE * MAX_HEAD_DIM], padded[PAIR * MAX_HEAD_DIM];
+    _Alignas(64) float tile[KV_TILE * MAX_HEAD_DIM], padded[PAIR * MAX_HEAD_DIM];
     for (int64_t i = 0; i < task->num_rows * heads; i++) out.largest[i] = -__builtin_inff();
     memset(out.total, 0, (size_t)(task->num_rows * heads) * sizeof *out.total);
     memset(out.values, 0, (size_t)(task->num_rows * heads * width) * sizeof *out.values);
@@ -219,10 +239,17 @@ void ISA(attend)(const attention_task *task, int64_t split, const attention_task
     for (; begin < stop; begin += KV_TILE) {
         int n = (int)tile_tokens(begin, stop);
         fetch_tile(task, begin + KV_TILE, tile_tokens(begin + KV_TILE, stop));
-        widen_tile(task, begin, n, 0, width, k);
-        widen_tile(task, begin, n, 1, width, v);
-        for (int i = n; i % 4; i++) memset(k + i * width, 0, (size_t)width * sizeof *k);
-        for (int64_t i = 0; i < task->num_rows; i++) attend_row(task, i, begin, n, k, v, width, padded, out);
+        widen_tile(task, begin, n, 0, width, tile);
+        for (int i = n; i % 4; i++) memset(tile + i * width, 0, (size_t)width * sizeof *tile);
+        for (int64_t i = 0; i < task->num_rows; i++) {
+            seen tokens = seen_by(task, i, begin, n);
+            if (tokens.first < tokens.end) weigh_row(task, i, tokens, tile, width, padded, out);
+        }
+        widen_tile(task, begin, n, 1, width, tile);
+        for (int64_t i = 0; i < task->num_rows; i++) {
+            seen tokens = seen_by(task, i, begin, n);
+            if (tokens.first < tokens.end) add_row(task, i, tokens, tile, width, out);
+        }
     }
 }
 

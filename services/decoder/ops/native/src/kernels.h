@@ -65,9 +65,11 @@ typedef struct {
     int64_t q_stride, num_rows, first_position, kv_head;
 } attention_task;
 
-/* A running softmax for each (row, head of the group): largest score, sum of weights, weighted sum of values. */
+/* A running softmax for each (row, head of the group): largest score, sum of weights, weighted sum of values; and the tile at
+ * hand's weights, with what the sums so far must be multiplied by behind them. */
+enum { WEIGHTS = KV_TILE + 8 };
 typedef struct {
-    float *largest, *total, *values;
+    float *largest, *total, *values, *weights;
 } softmax_state;
 
 typedef struct {

@@ -122,6 +122,9 @@ static inline f32x8 dot_bytes2(bytes32 w0, bytes32 a0, bytes32 w1, bytes32 a1) {
     return _mm256_cvtepi32_ps(_mm256_add_epi32(dot_signed(w0, a0), dot_signed(w1, a1)));
 }
 
+/* Keeps a vector in its register: the compiler would read it from memory again for each use. */
+#define keep(v) __asm__("" : "+x"(v))
+
 /* a in lanes 0 to 3, b in lanes 4 to 7. */
 static inline f32x8 f8_halves(float a, float b) { return _mm256_set_m128(_mm_set1_ps(b), _mm_set1_ps(a)); }
 

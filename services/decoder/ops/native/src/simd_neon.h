@@ -131,6 +131,7 @@ static inline f32x8 dot_bytes2(bytes32 w0, bytes32 a0, bytes32 w1, bytes32 a1) {
 /* a in lanes 0 to 3, b in lanes 4 to 7. */
 static inline f32x8 f8_halves(float a, float b) { return (f32x8){vdupq_n_f32(a), vdupq_n_f32(b)}; }
 
+#define keep(v) ((void)(v))
 #define prefetch(p) __builtin_prefetch(p, 0, 2)
 
 #endif

@@ -110,6 +110,7 @@ static inline f32x8 dot_bytes2(bytes32 w0, bytes32 a0, bytes32 w1, bytes32 a1) {
 /* a in lanes 0 to 3, b in lanes 4 to 7. */
 static inline f32x8 f8_halves(float a, float b) { F8_LANES(i < 4 ? a : b); }
 
+#define keep(v) ((void)(v))
 #define prefetch(p) ((void)(p))
 
 #endif
