@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from clients.decoder import Waiting
 from protos import decoder_pb2 as pb
 from protos import decoder_pb2_grpc as pb_grpc
 from protos.rich_status import make_status
+from services.serving import SERVER_OPTIONS
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -120,7 +121,8 @@ class FakeDecoder(pb_grpc.DecoderServicer):
             stop_token_id=0,
         )
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+    # A coroutine that writes: of a generator that stands at its yield, a cancellation is raised elsewhere.
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         self.requests.append(request)
         await self._maybe_refuse(context)
         cut = self.cuts.pop(0) if self.cuts else None
@@ -131,7 +133,7 @@ class FakeDecoder(pb_grpc.DecoderServicer):
                 if number == self.hangs_after:
                     self.hanging.set()
                     await asyncio.get_running_loop().create_future()
-                yield event
+                await context.write(event)
             if cut is not None:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "cut by the script")
         except asyncio.CancelledError:
@@ -170,7 +172,7 @@ class FakeDecoder(pb_grpc.DecoderServicer):
 
 async def serve(servicer: pb_grpc.DecoderServicer) -> tuple[grpc.aio.Server, str]:
     """Starts a server for `servicer` on a free loopback port; the caller stops it."""
-    server = grpc.aio.server()
+    server = grpc.aio.server(options=SERVER_OPTIONS)  # or the pings of a client end a stream that waits for long
     pb_grpc.add_DecoderServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

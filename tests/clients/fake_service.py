@@ -8,7 +8,7 @@ import sys
 
 import grpc
 
-from services.serving import add_health_and_reflection, bind
+from services.serving import SERVER_OPTIONS, add_health_and_reflection, bind
 
 
 async def main(address: str, mode: str) -> int:
@@ -18,7 +18,7 @@ async def main(address: str, mode: str) -> int:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, (lambda: None) if mode == "deaf" else stop.set)
-    server = grpc.aio.server()
+    server = grpc.aio.server(options=SERVER_OPTIONS)
     await add_health_and_reflection(server, ["leasehold.v1.Decoder"])
     bind(server, "--listen", address)
     await server.start()
