@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import aclosing, suppress
@@ -125,12 +126,31 @@ class Repl:
             say(f"{line.split()[0]} is no command; /help lists them")
         else:
             try:
-                self._runner.run(self._conversation.answer(line))
+                if self._runner.run(self._is_interrupted(line)):
+                    raise KeyboardInterrupt
             except ClientError as error:
                 self._failed = True
                 say(describe(error) + self._hint(error))
             else:
                 print(flush=True)
+
+    async def _is_interrupted(self, line: str) -> bool:
+        """Streams the answer; whether Ctrl-C has cancelled it."""
+        loop, answering = asyncio.get_running_loop(), asyncio.ensure_future(self._conversation.answer(line))
+        # The runner's own handler does not wake a loop that was just about to wait: until the next token came, Ctrl-C did nothing.
+        loop.add_signal_handler(signal.SIGINT, answering.cancel)
+        try:
+            await asyncio.wait({answering})
+        except asyncio.CancelledError:  # by the runner's, in the moment before
+            answering.cancel()
+            await asyncio.wait({answering})
+            raise
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+        if answering.cancelled():
+            return True
+        answering.result()
+        return False
 
     def _hint(self, error: ClientError) -> str:
         too_long = isinstance(error, CallError) and error.code.name == "OUT_OF_RANGE"
