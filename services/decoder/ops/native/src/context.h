@@ -40,6 +40,7 @@ typedef struct {
     team *team;
     int fast; /* quantise activations where the weights are quantised */
     int failed; /* memory ran out in this step */
+    const matrix *coming; /* what is multiplied first after the operation at hand, or NULL */
     const void *angles_of; /* the inverse frequencies whose angles BUFFER_COS_SIN has for this step, or NULL */
     int64_t routed_blocks, routed_experts; /* counted for benchmarks */
     struct {

@@ -71,6 +71,21 @@ int64_t own_row(const step *s, int64_t layer, int value) {
     return (layer * 2 + value) * s->num_tokens * s->num_kv_heads;
 }
 
+/* The matrix that the operations from `op` on multiply first, as far as it is known before they run. */
+static const matrix *first_matrix(const recorded_op *op, const recorded_op *end) {
+    for (; op < end; op++) {
+        const attention_layer *attention = op->handle;
+        const moe_layer *mlp = op->handle;
+        switch (op->code) {
+        case OP_NORM_QKV_ROPE: return &attention->q;
+        case OP_OUT_PROJ: return &attention->o;
+        case OP_MLP: return mlp->dense ? mlp->gate : &mlp->router;
+        default: break;
+        }
+    }
+    return NULL;
+}
+
 static void run_op(context *c, const step *s, const recorded_op *op, float *hidden) {
     switch (op->code) {
     case OP_EMBED: embed(c, op->handle, s, hidden); break;
@@ -86,7 +101,11 @@ int lh_forward(context *c, const step *s, const recorded_op *ops, int64_t num_op
     c->failed = 0;
     float *hidden = NEW(c, BUFFER_HIDDEN, float, s->num_tokens * hidden_size);
     c->angles_of = NULL;
-    for (int64_t i = 0; i < num_ops && !c->failed; i++) run_op(c, s, ops + i, hidden);
+    for (int64_t i = 0; i < num_ops && !c->failed; i++) {
+        c->coming = first_matrix(ops + i + 1, ops + num_ops);
+        run_op(c, s, ops + i, hidden);
+    }
+    c->coming = NULL;
     return c->failed ? -1 : 0;
 }
 

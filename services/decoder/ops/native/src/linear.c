@@ -23,6 +23,14 @@ int64_t rows_per_item(const matrix *m) {
     return rows < MIN_ITEM_ROWS ? MIN_ITEM_ROWS : rows > MAX_ITEM_ROWS ? MAX_ITEM_ROWS : rows;
 }
 
+int fetch_coming(const context *c, int member, next_rows *to) {
+    if (!c->coming) return 0;
+    int64_t first = member * rows_per_item(c->coming);
+    if (first >= c->coming->rows) return 0;
+    *to = rows_from(c->coming, first);
+    return 1;
+}
+
 typedef struct {
     const kernels *k;
     const matrix *m;
@@ -90,7 +98,12 @@ static void project_item(void *arg, int64_t item, int member) {
     const matrix *m = to->m;
     int64_t step = rows_per_item(m), rows = m->rows - first < step ? m->rows - first : step;
     rows_kernel *kernel = kernel_of(job->c, m);
-    next_rows ahead = after ? rows_from(after->m, next_first) : (next_rows){0}, *next = after ? &ahead : NULL;
+    next_rows ahead = {0}, *next = &ahead;
+    if (after) {
+        ahead = rows_from(after->m, next_first);
+    } else if (!fetch_coming(job->c, member, &ahead)) {
+        next = NULL;
+    }
     for (int64_t t = 0; t < job->a.num_rows; t += TOKEN_BLOCK) {
         int64_t tokens = job->a.num_rows - t < TOKEN_BLOCK ? job->a.num_rows - t : TOKEN_BLOCK;
         float *out = to->out + t * to->out_stride + first;

@@ -4,7 +4,10 @@
 #include "layers.h"
 #include "linear.h"
 
-enum { GATE_ROWS = 32, TOKEN_BLOCK = 32 };
+#define INLINE static inline __attribute__((always_inline))
+
+/* AHEAD: how many items before its turn the pages of an expert's beginning are touched. */
+enum { GATE_ROWS = 32, TOKEN_BLOCK = 32, AHEAD = 6, TOUCHED = 2 };
 
 /* Pairs in order of expert; pair p belongs to token pair_token[p]. slot[t * K + j] is the pair of token t's j-th best expert. */
 typedef struct {
@@ -81,10 +84,13 @@ static routes route(context *c, const moe_layer *l, const float *normed, int64_t
         for (int64_t t = 0; t < num_tokens; t++) r.experts[t] = 0, r.weights[t] = 1;
     } else {
         int fast = c->fast;
+        const matrix *coming = c->coming;
+        c->coming = NULL; /* the experts come first, and nobody knows which */
         c->fast = 0; /* the router is float32 in every precision: a wrong expert costs more than a rounded number */
         projection p = {&l->router, scores, l->num_experts, 0};
         project(c, &p, 1, prepare_activations(c, &l->router, normed, l->hidden_size, num_tokens));
         c->fast = fast;
+        c->coming = coming;
         route_job job = {c, l, &r, scores};
         if (!c->failed) team_for(c->team, num_tokens, route_token, &job);
     }
@@ -101,8 +107,21 @@ typedef struct {
     const activation *acts; /* one a pair, in order of pair */
     float *gated;           /* [pairs, intermediate] */
     float *out;             /* [pairs, hidden] */
-    int64_t items_per_expert, rows_per_item;
+    int64_t items_per_expert, down_items_per_expert, rows_per_item, num_items;
 } expert_job;
+
+/* Touches what an item reads that begins an expert; other items' pages are neighbours of those before. */
+INLINE void touch_gate_up(const expert_job *job, int64_t item) {
+    if (item >= job->num_items || item % job->items_per_expert >= TOUCHED) return;
+    int32_t e = job->r->active[item / job->items_per_expert];
+    touch_pages(job->layer->gate + e, item % job->items_per_expert * GATE_ROWS, GATE_ROWS);
+    touch_pages(job->layer->up + e, item % job->items_per_expert * GATE_ROWS, GATE_ROWS);
+}
+
+INLINE void touch_down(const moe_layer *l, const routes *r, int64_t item, int64_t items_per_expert, int64_t rows) {
+    if (item >= r->num_active * items_per_expert || item % items_per_expert >= TOUCHED) return;
+    touch_pages(l->down + r->active[item / items_per_expert], item % items_per_expert * rows, rows);
+}
 
 /* silu(gate) * up for some rows of one expert and all its pairs. */
 static void gate_up_item(void *arg, int64_t item, int member) {
@@ -115,8 +134,11 @@ static void gate_up_item(void *arg, int64_t item, int member) {
     int64_t after = team_next(job->c->team, member);
     int32_t next_expert = after < 0 ? e : job->r->active[after / job->items_per_expert];
     next_rows own_up = rows_from(l->up + e, first);
-    /* The last item's thread goes on to the first rows of `down`, whoever that is. */
-    next_rows then = after < 0 ? rows_from(l->down + job->r->active[0], 0)
+    touch_gate_up(job, item + AHEAD);
+    if (item + AHEAD >= job->num_items)
+        touch_down(l, job->r, item + AHEAD - job->num_items, job->down_items_per_expert, job->rows_per_item);
+    /* Each thread's last item goes on to rows of `down`. */
+    next_rows then = after < 0 ? rows_from(l->down + job->r->active[0], member * job->rows_per_item % l->down->rows)
                                : rows_from(l->gate + next_expert, after % job->items_per_expert * GATE_ROWS);
     int is_first = 1;
     for (int64_t p = job->r->first[e]; p < job->r->first[e + 1]; p += TOKEN_BLOCK) {
@@ -137,10 +159,13 @@ static void down_item(void *arg, int64_t item, int member) {
     int64_t first = item % job->items_per_expert * job->rows_per_item;
     int64_t rows = m->rows - first < job->rows_per_item ? m->rows - first : job->rows_per_item;
     int64_t after = team_next(job->c->team, member);
-    next_rows then = {0}, *next = after < 0 ? NULL : &then;
-    if (next) {
+    next_rows then = {0}, *next = &then;
+    touch_down(l, job->r, item + AHEAD, job->items_per_expert, job->rows_per_item);
+    if (after >= 0) {
         int32_t next_expert = job->r->active[after / job->items_per_expert];
         then = rows_from(l->down + next_expert, after % job->items_per_expert * job->rows_per_item);
+    } else if (!fetch_coming(job->c, member, &then)) {
+        next = NULL;
     }
     for (int64_t p = job->r->first[e]; p < job->r->first[e + 1]; p += TOKEN_BLOCK) {
         int64_t n = job->r->first[e + 1] - p < TOKEN_BLOCK ? job->r->first[e + 1] - p : TOKEN_BLOCK;
@@ -178,16 +203,18 @@ static void run_experts(context *c, const moe_layer *l, const routes *r, const f
                         float *hidden) {
     float *gated = NEW(c, BUFFER_GATED, float, r->num_pairs * l->intermediate_size);
     float *out = NEW(c, BUFFER_EXPERT_OUT, float, r->num_pairs * l->hidden_size);
-    activations tokens = prepare_activations(c, l->gate, normed, l->hidden_size, num_tokens);
-    const activation *pairs = c->failed ? NULL : spread(c, r, tokens);
-    if (c->failed) return;
-    expert_job job = {.c = c, .layer = l, .r = r, .acts = pairs, .gated = gated, .out = out};
+    expert_job job = {.c = c, .layer = l, .r = r, .gated = gated, .out = out, .rows_per_item = rows_per_item(l->down)};
     job.items_per_expert = (l->intermediate_size + GATE_ROWS - 1) / GATE_ROWS;
-    team_for(c->team, r->num_active * job.items_per_expert, gate_up_item, &job);
+    job.down_items_per_expert = (l->down->rows + job.rows_per_item - 1) / job.rows_per_item;
+    job.num_items = r->num_active * job.items_per_expert;
+    for (int64_t item = 0; item < AHEAD; item++) touch_gate_up(&job, item);
+    activations tokens = prepare_activations(c, l->gate, normed, l->hidden_size, num_tokens);
+    job.acts = c->failed ? NULL : spread(c, r, tokens);
+    if (c->failed) return;
+    team_for(c->team, job.num_items, gate_up_item, &job);
     job.acts = prepare_activations(c, l->down, gated, l->intermediate_size, r->num_pairs).rows;
     if (c->failed) return;
-    job.rows_per_item = rows_per_item(l->down);
-    job.items_per_expert = (l->down->rows + job.rows_per_item - 1) / job.rows_per_item;
+    job.items_per_expert = job.down_items_per_expert;
     team_for(c->team, r->num_active * job.items_per_expert, down_item, &job);
     sum_job sum = {c->k, l, r, out, hidden};
     team_for(c->team, num_tokens, sum_token, &sum);
