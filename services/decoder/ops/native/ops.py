@@ -7,6 +7,7 @@ step, not once an operation, so that threads that serve streams and this one do 
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,7 @@ class NativeOps:
         self._inv_freqs: dict[bytes, npt.NDArray[np.float32]] = {}
         self._hidden_size = 0
         self._spare_rows: list[npt.NDArray[np.uint8]] = []
+        self._spare_logits: npt.NDArray[np.float32] = np.empty(0, np.float32)
 
     @property
     def backend(self) -> str:
@@ -201,18 +203,27 @@ class NativeOps:
 
     def head_and_sample(self, head: Weights, hidden: Hidden, step: NativeStep) -> Sampled:
         """See `Ops`."""
-        return sample(self._lib, self._context, self.logits(head, hidden, step), step.batch.sampling)
+        size = (len(step.batch.sample_rows), head.struct.head.rows)
+        if self._spare_logits.size < math.prod(size):
+            # Kept, because memory that is new in every step is cleared by the kernel, page by page.
+            self._spare_logits = np.empty(size, np.float32).reshape(-1)
+        logits = self._spare_logits[: math.prod(size)].reshape(size)
+        self._head(head, step, logits)
+        return sample(self._lib, self._context, logits, step.batch.sampling)
 
     def logits(self, head: Weights, hidden: Hidden, step: NativeStep) -> npt.NDArray[np.float32]:
         """See `Ops`."""
+        logits = np.empty((len(step.batch.sample_rows), head.struct.head.rows), np.float32)
+        self._head(head, step, logits)
+        return logits
+
+    def _head(self, head: Weights, step: NativeStep, logits: npt.NDArray[np.float32]) -> None:
         self._run(step)
         rows = np.ascontiguousarray(step.batch.sample_rows, np.int32)
-        logits = np.empty((len(rows), head.struct.head.rows), np.float32)
         if len(rows) and self._lib.lh_head_logits(
             self._context, head.struct, rows.ctypes.data, len(rows), logits.ctypes.data
         ):
             raise _out_of_memory(step)
-        return logits
 
     def hidden_rows(self, hidden: Hidden) -> npt.NDArray[np.float32]:
         """The hidden state [T, hidden] so far, for tests; ends the recording."""

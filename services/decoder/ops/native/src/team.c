@@ -15,8 +15,17 @@
 #define cpu_relax() ((void)0)
 #endif
 
-/* About 50 us: longer than the gap between two loops of a step, much shorter than an idle engine's wait. */
-enum { SPINS = 2000, CACHE_LINE = 64 };
+/* Less than a millisecond: longer than the gap between two steps, much shorter than an idle engine's wait. Who spins offers its
+ * processor to others again and again: the threads that serve streams, or a member of this team that has work. */
+enum { SPINS = 20000, SPINS_A_YIELD = 50, CACHE_LINE = 64 };
+
+static inline void spin(int i) {
+    if (i % SPINS_A_YIELD == SPINS_A_YIELD - 1) {
+        sched_yield();
+    } else {
+        cpu_relax();
+    }
+}
 
 typedef struct {
     struct team *team;
@@ -62,7 +71,7 @@ static unsigned await_round(team *t, unsigned seen) {
     for (int i = 0; i < SPINS; i++) {
         unsigned now = atomic_load_explicit(&t->round, memory_order_acquire);
         if (now != seen) return now;
-        cpu_relax();
+        spin(i);
     }
     pthread_mutex_lock(&t->lock);
     atomic_fetch_add(&t->sleepers, 1);
@@ -84,7 +93,7 @@ static void report_done(team *t) {
 static void await_done(team *t) {
     for (int i = 0; i < SPINS; i++) {
         if (atomic_load_explicit(&t->working, memory_order_acquire) == 0) return;
-        cpu_relax();
+        spin(i);
     }
     pthread_mutex_lock(&t->lock);
     atomic_store(&t->caller_sleeps, 1);
