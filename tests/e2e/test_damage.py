@@ -173,12 +173,12 @@ async def test_a_pool_dir_that_is_gone_is_made_anew_and_no_stream_changes(proces
 
 async def test_a_deleted_lock_file_frees_nothing_and_no_stream_changes(processes: Processes, model: Path) -> None:
     manager = processes.start_manager("--ttl", "1", num_blocks=NUM_BLOCKS)
-    decoder = processes.start_decoder(manager, *FLAGS, model=model, worker_id="same")
-    requests, pace = _requests(4, 600), Pace()
+    requests = _requests(4, 200)
+    decoder = processes.start_decoder(manager, *FLAGS, model=model, worker_id="same", hold_at=800 + 80)
     async with DecoderClient(decoder.address) as client:
         expected = [stream.token_ids for stream in await _all(client, requests, "undisturbed")]
-        running = [asyncio.create_task(follow(client, request, pace=pace)) for request in requests]
-        await pace.reach(80)
+        running = [asyncio.create_task(follow(client, request)) for request in requests]
+        await asyncio.to_thread(decoder.wait_held)
         (manager.pool_dir / "workers" / "same.lock").unlink()
         # With the file gone nothing keeps a second process from locking another one of that name, but the manager.
         second = processes.start_decoder(manager, *FLAGS, model=model, worker_id="same", wait=False)
@@ -189,6 +189,7 @@ async def test_a_deleted_lock_file_frees_nothing_and_no_stream_changes(processes
         decoder.process.send_signal(signal.SIGSTOP)
         until(lambda: bool(manager.events("revoked")), "the silent one is revoked")
         decoder.process.send_signal(signal.SIGCONT)
+        decoder.go_on()
         await asyncio.to_thread(until, lambda: len(decoder.events("session_opened")) > 1, "it has a session again")
         manager.kill()
         manager = await asyncio.to_thread(_start_again, processes, manager)

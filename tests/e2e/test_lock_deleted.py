@@ -16,7 +16,7 @@ pytest.importorskip("mlx.core")
 from clients.decoder import DecoderClient
 from protos import kv_manager_pb2, kv_manager_pb2_grpc
 from tests.decoder.tiny_models import TinyConfig, write_tiny_checkpoint
-from tests.e2e.followed import Pace, follow, token_request
+from tests.e2e.followed import follow, token_request
 from tests.e2e.pool_files import check_pool_files
 from tests.e2e.processes import ROOT, Manager, Processes, until
 from tests.e2e.streams import TIMEOUT_S, receive, stub_of
@@ -49,20 +49,20 @@ def _restart(processes: Processes, manager: Manager) -> Manager:
 
 async def test_the_decoder_takes_another_lock_and_no_stream_notices(processes: Processes, model: Path) -> None:
     manager = processes.start_manager(num_blocks=NUM_BLOCKS)
-    decoder = processes.start_decoder(manager, model=model, worker_id="one")
+    decoder = processes.start_decoder(manager, model=model, worker_id="one", hold_at=NUM_TOKENS + 20)
     request = token_request(PROMPT, NUM_TOKENS, seed=5)
     async with DecoderClient(decoder.address) as client:
         undisturbed = await follow(client, request, tenant="undisturbed")
-        pace = Pace()
-        running = asyncio.create_task(follow(client, request, pace=pace))
-        await pace.reach(20)
+        running = asyncio.create_task(follow(client, request))
+        await asyncio.to_thread(decoder.wait_held)
         (manager.pool_dir / "workers" / "one.lock").unlink()
         await asyncio.to_thread(manager.kill)
         manager = await asyncio.to_thread(_restart, processes, manager)
+        decoder.go_on()
         stream = await running
     assert stream.token_ids == undisturbed.token_ids
     assert not stream.broken
-    assert _states(manager) == {"one": "live"}
+    until(lambda: _states(manager) == {"one": "live"}, "it has a session again")
     manager.wait_all_free()
     # The new lock is the proof of its death.
     await asyncio.to_thread(decoder.kill)
@@ -73,14 +73,13 @@ async def test_a_process_that_has_its_name_meanwhile_keeps_it_and_the_error_name
     processes: Processes, model: Path
 ) -> None:
     manager = processes.start_manager(num_blocks=NUM_BLOCKS)
-    decoder = processes.start_decoder(manager, "--grace", "0", model=model, worker_id="one")
+    decoder = processes.start_decoder(manager, "--grace", "0", model=model, worker_id="one", hold_at=NUM_TOKENS + 20)
     lock_path = manager.pool_dir / "workers" / "one.lock"
     request = token_request(PROMPT, NUM_TOKENS, seed=5)
     async with DecoderClient(decoder.address) as client:
         undisturbed = await follow(client, request, tenant="undisturbed")
-        pace = Pace()
-        running = asyncio.create_task(follow(client, request, pace=pace))
-        await pace.reach(20)
+        running = asyncio.create_task(follow(client, request))
+        await asyncio.to_thread(decoder.wait_held)
         decoder.process.send_signal(signal.SIGSTOP)
         lock_path.unlink()
         await asyncio.to_thread(manager.kill)
@@ -92,6 +91,7 @@ async def test_a_process_that_has_its_name_meanwhile_keeps_it_and_the_error_name
         )
         assert _states(manager) == {"one?0": "orphaned", "one": "live"}
         decoder.process.send_signal(signal.SIGCONT)
+        decoder.go_on()
 
         # The decoder's log says it, and so does the status of every new request.
         def is_told() -> bool:
