@@ -31,7 +31,7 @@ from services.decoder.ops.native import layout
 from services.decoder.ops.native.layout import AttentionLayer, HeadLayer, Matrix, MoeLayer
 from services.decoder.ops.native.lib import kernels
 from services.decoder.ops.native.sampling import sample
-from services.decoder.ops.native.step import Hidden, NativeStep
+from services.decoder.ops.native.step import Hidden, NativeStep, RecordedOps
 from services.decoder.ops.native.threads import available_cores
 from services.decoder.ops.native.weights import Kept, Weights
 from services.decoder.sampler import Sampled
@@ -40,7 +40,7 @@ KERNEL_REVISION = 2  # counts up when bits change, those of the sampler too
 PRECISIONS = ("exact", "fast")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class _Projected:
     """q, k and v of one attention: computed together with the attention that takes them."""
 
@@ -71,6 +71,7 @@ class NativeOps:
         self._inv_freqs: dict[bytes, npt.NDArray[np.float32]] = {}
         self._hidden_size = 0
         self._spare_rows: list[npt.NDArray[np.uint8]] = []
+        self._recorded: RecordedOps | None = None
         self._spare_logits: npt.NDArray[np.float32] = np.empty(0, np.float32)
 
     @property
@@ -252,8 +253,8 @@ class NativeOps:
         if step.has_run:
             return
         step.has_run = True
-        ops = step.recorded()
-        if self._lib.lh_forward(self._context, step.struct, ops, len(ops), self._hidden_size):
+        recorded = self._recorded = step.recorded(self._recorded)
+        if self._lib.lh_forward(self._context, step.struct, recorded.array, len(recorded.ops), self._hidden_size):
             raise _out_of_memory(step)
 
 

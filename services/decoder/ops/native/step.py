@@ -23,12 +23,20 @@ _KV_FORMATS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Hidden:
     """What the operations up to a point of a step compute. It is overwritten by the next operation."""
 
     step: NativeStep
     after: int  # operations
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedOps:
+    """Code, layer and address of the weights of each operation, and the same for the kernels."""
+
+    ops: list[tuple[int, int, int]]
+    array: ctypes.Array[RecordedOp]
 
 
 class NativeStep:
@@ -85,9 +93,11 @@ class NativeStep:
         self._weights.append(weights)
         return Hidden(self, len(self._ops))
 
-    def recorded(self) -> ctypes.Array[RecordedOp]:
-        """The operations so far, for the kernels."""
-        return (RecordedOp * len(self._ops))(*(RecordedOp(*op) for op in self._ops))
+    def recorded(self, last: RecordedOps | None) -> RecordedOps:
+        """The operations so far, for the kernels: those of the last step again where they are the same, as they mostly are."""
+        if last is not None and last.ops == self._ops:
+            return last
+        return RecordedOps(self._ops, (RecordedOp * len(self._ops))(*(RecordedOp(*op) for op in self._ops)))
 
     def end(self) -> None:
         """Gives the buffer of K/V rows back; nothing of the step may be used any more."""
