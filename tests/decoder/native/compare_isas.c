@@ -64,7 +64,8 @@ static int linear(const kernels *best, const kernels *plain, int format, int gro
 
 static int attention(const kernels *best, const kernels *plain, int format, int head_dim) {
     enum { HEADS = 6, KV_HEADS = 2, TOKENS_SEEN = 700, STATES = 3 * HEADS };
-    static float values[2][2][STATES * 128], largest[2][2][STATES], total[2][2][STATES], q[3 * HEADS * 128];
+    static float values[2][2][STATES * 128], largest[2][2][STATES], total[2][2][STATES], weights[STATES * WEIGHTS];
+    static float q[3 * HEADS * 128];
     static _Alignas(64) uint16_t pool[2 * KV_HEADS * TOKENS_SEEN * 128], own[2][3 * KV_HEADS * 128];
     static float pool_scales[2 * KV_HEADS * TOKENS_SEEN], own_scales[2][3 * KV_HEADS];
     uint64_t block = (uint64_t)(uintptr_t)pool;
@@ -88,8 +89,8 @@ static int attention(const kernels *best, const kernels *plain, int format, int 
         const kernels *k = which ? plain : best;
         softmax_state parts[2];
         for (int split = 0; split < 2; split++) {
-            parts[split] = (softmax_state){largest[which][split], total[which][split], values[which][split]};
-            k->attend(&a, split, parts[split]);
+            parts[split] = (softmax_state){largest[which][split], total[which][split], values[which][split], weights};
+            k->attend(&a, split, NULL, 0, parts[split]);
         }
         k->merge(parts[0], parts[1], rows, head_dim);
     }

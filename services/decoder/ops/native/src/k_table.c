@@ -22,7 +22,7 @@ float ISA(to_int8)(const float *, int64_t, int8_t *);
 void ISA(silu_mul)(float *, const float *, int64_t);
 void ISA(add_scaled)(float *, const float *, float, int64_t);
 float ISA(softmax)(float *, int64_t, float *);
-void ISA(attend)(const attention_task *, int64_t, softmax_state);
+void ISA(attend)(const attention_task *, int64_t, const attention_task *, int64_t, softmax_state);
 void ISA(merge)(softmax_state, softmax_state, int64_t, int64_t);
 void ISA(scale_out)(const float *, float, int64_t, float *);
 int64_t ISA(argmax)(const float *, int64_t);
