@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import structlog
 
 from services.decoder.batch import Batch
 from services.decoder.contiguous_leases import ContiguousLeases
@@ -32,6 +33,7 @@ from services.decoder.loader import open_checkpoint
 from services.decoder.model_config import ModelConfig, read_model_config
 from services.decoder.models import load_model
 from services.decoder.ops.base import Ops
+from services.decoder.page_mapper import map_pages
 from services.decoder.request import DecodeRequest, Event, Failed, Finished, SamplingParams
 from services.decoder.sampler import Sampled
 from tests.bench.machine import describe_cpu
@@ -119,7 +121,9 @@ class Bench:
     """One loaded model; each run starts an engine of its own on it."""
 
     def __init__(self, directory: Path, ops: Ops, kv_dtype: str, kv_layout: str = "hnd") -> None:
-        checkpoint = open_checkpoint(directory)
+        self.checkpoint = checkpoint = open_checkpoint(directory)
+        if ops.backend == "native":
+            map_pages(checkpoint.mappings).join()  # as a decoder does that has run for a few seconds
         self.config: ModelConfig = read_model_config(checkpoint)
         self.ops = ops
         self._kv_dtype, self._kv_layout = kv_dtype, kv_layout
@@ -249,6 +253,7 @@ def results(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Prints the figures on stdout and the machine on stderr."""
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # lines of results only on stdout
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint directory")
     parser.add_argument("--backend", choices=["native", "mlx"], default="native")

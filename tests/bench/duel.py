@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import structlog
 
-from services.decoder.loader import Checkpoint, open_checkpoint
+from services.decoder.loader import Checkpoint
 from tests.bench.decode_step import WARM_UP_STEPS, Bench, make_bench_ops
 from tests.bench.machine import describe_cpu
 
@@ -84,11 +85,6 @@ class WeightBytes:
         """Bytes of weights, each read once."""
         return self._rest + self._experts * experts_per_layer / self._num_experts
 
-    def map_all(self, ops: Any) -> None:
-        """Reads all of them: a long-running decoder's pages are mapped, and llama.cpp maps or repacks its own at load."""
-        for array in self._large:
-            ops.read_memory(array)
-
     def time_read(self, ops: Any) -> float:
         """Bytes a second of a plain read of about READ_BYTES of them."""
         num_bytes, began = 0, time.perf_counter()
@@ -113,11 +109,10 @@ class Duel:
         self._rounds: int = arguments.rounds
         self._steps: int = arguments.steps
         self._ops = make_bench_ops("native", "fast", threads, arguments.isa)
-        self._bench = Bench(arguments.model, self._ops, "bf16")
-        self._bytes = WeightBytes(open_checkpoint(arguments.model))
         self._peer = Peer(arguments.peer_python, arguments.gguf, threads)
         self._peer.ask("about")  # its load takes memory and the page cache; ours comes after
-        self._bytes.map_all(self._ops)
+        self._bench = Bench(arguments.model, self._ops, "bf16")
+        self._bytes = WeightBytes(self._bench.checkpoint)
 
     def about(self) -> dict[str, Any]:
         """The processor and what each side uses of it."""
@@ -239,6 +234,7 @@ def _numbers(text: str) -> list[int]:
 
 def main() -> None:
     """Prints one JSON line a figure."""
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # lines of results only on stdout
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint directory, for us")
     parser.add_argument("--gguf", type=Path, required=True, help="the same geometry, for llama.cpp")
