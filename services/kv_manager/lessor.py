@@ -16,7 +16,8 @@ from services.kv_manager.leasebook import LeaseBook
 from services.kv_manager.pool_check import check_pool, check_references
 from services.kv_manager.pool_file import DataFile
 from services.kv_manager.pool_memory import HOST, PoolMemory
-from services.kv_manager.registrar import Registered, Registrar, Registration
+from services.kv_manager.registrar import Registrar
+from services.kv_manager.registration import Registered, Registration
 from services.kv_manager.sessions import LIVE, REVOKED, Clock, Lease, Session
 from services.kv_manager.waiting import WaitQueue
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum, auto
 from pathlib import Path
 
@@ -16,54 +16,23 @@ from services.kv_manager.block_pool import BlockPool
 from services.kv_manager.config import Config
 from services.kv_manager.cuda_pool import pid_namespace
 from services.kv_manager.errors import (
-    InvalidRequestError,
     LockProofError,
     PredecessorLivesError,
     StaleRegistrationError,
     TooManyWorkersError,
 )
 from services.kv_manager.events import EventRing
-from services.kv_manager.geometry import Geometry
 from services.kv_manager.locks import LockProbe
 from services.kv_manager.meta_format import NUM_SLOTS, WorkerRecord
 from services.kv_manager.pool_file import PoolFiles, create_pool, find_pool
 from services.kv_manager.pool_memory import HOST, PoolMemory
 from services.kv_manager.pool_size import num_blocks_for, require_flags_fit
 from services.kv_manager.recovery import Recovered
+from services.kv_manager.registration import Claim, Registered, Registration, check_claims
 from services.kv_manager.sessions import ABSENT, LIVE, ORPHANED, REVOKED, Clock, Lease, Session
 
 _log = structlog.get_logger("kv_manager.registrar")
 _MAX_RETIRED = 4096
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A lease that a worker says it still holds."""
-
-    cache_id: int
-    blocks: list[int]
-    priority: int
-    tenant: str
-    age_ticket: int
-
-
-@dataclass(frozen=True)
-class Registration:
-    """A RegisterWorker request, its form checked. `worker` has epoch 0 still."""
-
-    worker: WorkerRecord
-    geometry: Geometry
-    mapped_pool_id: bytes
-    claims: Sequence[Claim]
-
-
-@dataclass(frozen=True)
-class Registered:
-    """The answer to a registration."""
-
-    session: Session
-    claims_accepted: bool
-    lost_cache_ids: list[int]
 
 
 class _Before(Enum):
@@ -150,7 +119,7 @@ class Registrar:
             pool = self.pool or self._create_pool(request)
             claims_accepted = request.mapped_pool_id == pool.files.pool_id
             claims = request.claims if claims_accepted else ()
-            _check_claims(claims, pool.num_blocks)
+            check_claims(claims, pool.num_blocks)
             slot = self._free_slot() if old is None or before is _Before.UNKNOWN else old.slot
         except BaseException:
             probe.close()
@@ -389,16 +358,3 @@ def _rename_orphan(session: Session) -> None:
     # No worker can have this name. The slot in the file keeps the worker's own, with its lock.
     session.worker = replace(session.worker, worker_id=f"{session.worker.worker_id}?{session.slot}")
     session.state = ORPHANED
-
-
-def _check_claims(claims: Sequence[Claim], num_blocks: int) -> None:
-    cache_ids: set[int] = set()
-    for index, claim in enumerate(claims):
-        field = f"claims[{index}]"
-        if claim.cache_id in cache_ids:
-            raise InvalidRequestError(f"{field}.cache_id", f"{claim.cache_id} is claimed twice")
-        cache_ids.add(claim.cache_id)
-        if not claim.blocks:
-            raise InvalidRequestError(f"{field}.block_ids", "is empty; a lease has at least one block")
-        if len(set(claim.blocks)) != len(claim.blocks) or max(claim.blocks) >= num_blocks:
-            raise InvalidRequestError(f"{field}.block_ids", f"has a block twice, or one not below {num_blocks}")

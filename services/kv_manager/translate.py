@@ -15,7 +15,7 @@ from services.kv_manager.leasebook import AcquireArguments, SealOrder
 from services.kv_manager.lessor import Lessor
 from services.kv_manager.meta_format import WorkerRecord
 from services.kv_manager.pool_file import PoolFiles
-from services.kv_manager.registrar import Claim, Registration
+from services.kv_manager.registration import Claim, Registration
 from services.kv_manager.sessions import REVOKED, Lease, Session
 
 _WORKER_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")

@@ -19,7 +19,7 @@ import llama_cpp  # type: ignore[import-not-found]
 import numpy as np
 
 BATCH_TOKENS, MICROBATCH_TOKENS = 2048, 512
-MAX_PROMPT_TOKENS = 2048  # computed in all; beyond, all sequences hold a copy of one prompt
+MAX_PROMPT_TOKENS = 4096  # computed in all, for a minute; beyond, all sequences hold a copy of one prompt
 # Of `struct ggml_tensor`: after the type and the buffer come four lengths, then four strides in bytes.
 LENGTHS_AT, STRIDES_AT = 16, 48
 

@@ -33,7 +33,7 @@ from services.kv_manager.config import Config
 from services.kv_manager.leasebook import SealOrder
 from services.kv_manager.lessor import Lessor
 from services.kv_manager.locks import kernel_boot_id, prepare_pool_dir
-from services.kv_manager.registrar import Registered
+from services.kv_manager.registration import Registered
 from services.kv_manager.sessions import Lease, Session
 
 ROOT = Path(__file__).resolve().parents[2]
