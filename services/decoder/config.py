@@ -10,7 +10,7 @@ import platform
 import re
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -231,24 +231,22 @@ def _worker_id(given: str | None, listen: str) -> str:
     return f"{worker_id[:55]}-{digest}"
 
 
-def _positive_int(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give a whole number of at least 1") from None
-    if not 1 <= value <= _MAX_INT:
-        raise argparse.ArgumentTypeError(f"{text} is out of range; give a whole number from 1 to {_MAX_INT}")
-    return value
+def _whole_number(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a number; give a whole number of at least {least}"
+            ) from None
+        if not least <= value <= _MAX_INT:
+            raise argparse.ArgumentTypeError(f"{text} is out of range; give a whole number from {least} to {_MAX_INT}")
+        return value
+
+    return parse
 
 
-def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give a whole number of at least 0") from None
-    if not 0 <= value <= _MAX_INT:
-        raise argparse.ArgumentTypeError(f"{text} is out of range; give a whole number from 0 to {_MAX_INT}")
-    return value
+_positive_int = _whole_number(1)
 
 
 def _seconds(text: str) -> float:
@@ -296,6 +294,14 @@ def _parser() -> argparse.ArgumentParser:
         help="exact computes in float32; fast is several times faster: with 4- and 8-bit weights native rounds activations to 8 "
         "bits a group, and cuda computes in bf16 (fast, or exact for a float32 checkpoint; mlx: always exact)",
     )
+    _add_batch(parser)
+    _add_leases(parser)
+    _add_process(parser)
+    return parser
+
+
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--max-seqs",
         metavar="N",
@@ -306,7 +312,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--max-waiting",
         metavar="N",
-        type=_count,
+        type=_whole_number(0),
         default=DEFAULT_MAX_WAITING,
         help="requests that wait beyond the batch, each of a request's n samples counted; a new one beyond that is refused at once "
         "with RESOURCE_EXHAUSTED, one that another decoder had started is not (%(default)s)",
@@ -324,9 +330,6 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_MAX_NUM_BATCHED_TOKENS,
         help="tokens in a step; longer prompts are computed in chunks (%(default)s)",
     )
-    _add_leases(parser)
-    _add_process(parser)
-    return parser
 
 
 def _add_leases(parser: argparse.ArgumentParser) -> None:
