@@ -133,7 +133,8 @@ class KVManagerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Gives back leases, or single blocks of them. A repeat, and an unknown cache id, is harmless. Sealed blocks stay findable.
+        """Gives back leases, or single blocks of them. An unknown cache id is harmless, and so is a repeat: of whole leases always, of
+        single blocks under the same seq; who gets no answer to such a one registers again. Sealed blocks stay findable.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

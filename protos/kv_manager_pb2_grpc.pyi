@@ -51,7 +51,9 @@ class KVManagerStub:
     Extend: _grpc.UnaryUnaryMultiCallable[_kv_manager_pb2.ExtendRequest, _kv_manager_pb2.ExtendResponse]
     """Grows leases to an absolute number of blocks. Never creates one; a repeat does nothing."""
     Release: _grpc.UnaryUnaryMultiCallable[_kv_manager_pb2.ReleaseRequest, _kv_manager_pb2.ReleaseResponse]
-    """Gives back leases, or single blocks of them. A repeat, and an unknown cache id, is harmless. Sealed blocks stay findable."""
+    """Gives back leases, or single blocks of them. An unknown cache id is harmless, and so is a repeat: of whole leases always, of
+    single blocks under the same seq; who gets no answer to such a one registers again. Sealed blocks stay findable.
+    """
     Seal: _grpc.UnaryUnaryMultiCallable[_kv_manager_pb2.SealRequest, _kv_manager_pb2.SealResponse]
     """Makes full blocks immutable and findable by their content's hash. From the engine only, after the step that wrote them."""
     Fork: _grpc.UnaryUnaryMultiCallable[_kv_manager_pb2.ForkRequest, _kv_manager_pb2.ForkResponse]
@@ -81,7 +83,9 @@ class KVManagerAsyncStub(KVManagerStub):
     Extend: _aio.UnaryUnaryMultiCallable[_kv_manager_pb2.ExtendRequest, _kv_manager_pb2.ExtendResponse]  # type: ignore[assignment]
     """Grows leases to an absolute number of blocks. Never creates one; a repeat does nothing."""
     Release: _aio.UnaryUnaryMultiCallable[_kv_manager_pb2.ReleaseRequest, _kv_manager_pb2.ReleaseResponse]  # type: ignore[assignment]
-    """Gives back leases, or single blocks of them. A repeat, and an unknown cache id, is harmless. Sealed blocks stay findable."""
+    """Gives back leases, or single blocks of them. An unknown cache id is harmless, and so is a repeat: of whole leases always, of
+    single blocks under the same seq; who gets no answer to such a one registers again. Sealed blocks stay findable.
+    """
     Seal: _aio.UnaryUnaryMultiCallable[_kv_manager_pb2.SealRequest, _kv_manager_pb2.SealResponse]  # type: ignore[assignment]
     """Makes full blocks immutable and findable by their content's hash. From the engine only, after the step that wrote them."""
     Fork: _aio.UnaryUnaryMultiCallable[_kv_manager_pb2.ForkRequest, _kv_manager_pb2.ForkResponse]  # type: ignore[assignment]
@@ -138,7 +142,9 @@ class KVManagerServicer(metaclass=_abc_1.ABCMeta):
         request: _kv_manager_pb2.ReleaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kv_manager_pb2.ReleaseResponse, _abc.Awaitable[_kv_manager_pb2.ReleaseResponse]]:
-        """Gives back leases, or single blocks of them. A repeat, and an unknown cache id, is harmless. Sealed blocks stay findable."""
+        """Gives back leases, or single blocks of them. An unknown cache id is harmless, and so is a repeat: of whole leases always, of
+        single blocks under the same seq; who gets no answer to such a one registers again. Sealed blocks stay findable.
+        """
 
     @_abc_1.abstractmethod
     def Seal(

@@ -131,6 +131,13 @@ class Outbox:
         """The pool whose blocks were to be sealed is gone."""
         self.end_seals(list(self._seals.values()))
 
+    def drop_block_releases(self) -> None:
+        """A new session has only what was claimed, and of the blocks that a seal had replaced nothing.
+
+        Asked again there, they might be given back when the same block has been replaced once more, and is read.
+        """
+        self.end_releases([ask for ask in self._releases if ask.block_id is not None])
+
     def end_releases(self, asks: Sequence[ReleaseAsk]) -> None:
         """These are answered."""
         for ask in asks:

@@ -275,6 +275,8 @@ class ManagerLeases:
 
     async def _take_over(self, bound: _Bound, reply: pb.RegisterWorkerResponse) -> MappedPool:
         """Tells the engine what became of its leases, before any answer of the new session; the pool that they are in."""
+        self._outbox.sort()
+        self._outbox.drop_block_releases()
         if reply.claims_accepted and self._pool is not None:
             for cache_id in reply.lost_cache_ids:
                 bound.post(LeaseRevoked(cache_id))
@@ -288,7 +290,6 @@ class ManagerLeases:
         except (OSError, ValueError) as error:
             raise ConfigError(f"--kv-manager: cannot map the pool {reply.pool.kv_path}: {error}") from error
         old, self._pool = self._pool, pool
-        self._outbox.sort()
         self._outbox.drop_seals()
         bound.post(PoolReady(pool, reply.pool.block_size, can_seal=True))
         if old is not None:

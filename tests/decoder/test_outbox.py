@@ -53,6 +53,14 @@ def test_an_acquire_waits_for_the_seals_that_it_could_hit_and_for_no_others() ->
     assert [ask.cache_id for ask in outbox.next_acquires({3})] == [2]
 
 
+def test_a_new_session_is_asked_for_whole_leases_only_to_be_given_back() -> None:
+    outbox = filled(ReleaseAsk(1, 7), ReleaseAsk(2), ReleaseAsk(1, 8))
+    outbox.drop_block_releases()
+    assert outbox.next_releases() == [ReleaseAsk(2)]
+    outbox.end_releases(outbox.next_releases())
+    assert outbox.all_released.is_set()
+
+
 def test_a_lost_pool_holds_nothing_up() -> None:
     outbox = filled(seal(1, 0, b"a"), acquire(2, b"a"), ReleaseAsk(1))
     outbox.drop_seals()

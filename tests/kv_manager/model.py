@@ -96,6 +96,7 @@ class Process:
     next_cache_id: int = 1
     outstanding: dict[int, Call] = field(default_factory=dict)
     registering: int = 0  # the attempt whose reply it waits for
+    left_open: list[Call] = field(default_factory=list)  # what the session before did not answer, to be asked again
 
     def reading(self) -> set[int]:
         """Every block that it may read now."""
@@ -243,6 +244,8 @@ class World:
     def register(self, process: Process) -> None:
         """Sends a registration with all that it holds; from now on replies of its old epoch mean nothing to it."""
         process.epoch = None
+        # Not the single blocks that it was giving back: it does not claim them, so the new session does not have them.
+        process.left_open += [c for c in process.outstanding.values() if c.kind != "release" or not c.arguments[1]]
         process.outstanding.clear()
         for table in process.tables.values():
             table.duplicates.clear()
@@ -261,6 +264,9 @@ class World:
             if not isinstance(reply, ManagerError) and call.arguments[1] == process.registering:
                 process.registering, process.epoch = 0, reply
                 process.next_seq = 1
+                left_open, process.left_open = process.left_open, []
+                for left in left_open:
+                    self.send(process, left.kind, *left.arguments)
             return
         if call.epoch != process.epoch or process.outstanding.get(call.seq) is not call:
             return
@@ -305,12 +311,25 @@ class World:
         self.sent.append(call)
 
     def give_up(self, process: Process, call: Call) -> None:
-        """The process stops waiting for a call; what it may have leased by it, it gives back unseen."""
+        """The process stops waiting for a call; what it may have leased by it, it gives back unseen.
+
+        A Release it cannot ask for again under another number: by then, the same blocks may be duplicates once more, and read. It opens
+        a new session, which has only what it claims.
+        """
+        if call.kind == "release":
+            self.register(process)
+            return
         del process.outstanding[call.seq]
         if call.kind in ("acquire", "fork"):
             self.send(process, "release", [call.leased_id], [])
-        elif call.kind == "release":
-            self.send(process, "release", *call.arguments)
+
+    def give_way(self, process: Process, cache_id: int) -> None:
+        """The manager revoked a lease. Its table may be under way still; when it comes, nobody waits for it any more."""
+        process.tables.pop(cache_id, None)
+        for call in list(process.outstanding.values()):
+            if call.kind in ("acquire", "fork") and call.leased_id == cache_id:
+                del process.outstanding[call.seq]
+        self.send(process, "release", [cache_id], [])
 
     def seal_next(self, process: Process, cache_id: int, symbol: int) -> None:
         """Writes the first unsealed block of a table and asks to have it sealed; it is not written again."""

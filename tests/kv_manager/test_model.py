@@ -217,8 +217,7 @@ class SafetyMachine(RuleBasedStateMachine):
             return
         lessor.keepalive(process.worker.worker_id, process.epoch, None)
         for cache_id in lessor.revoked_cache_ids(session):
-            process.tables.pop(cache_id, None)
-            self.world.send(process, "release", [cache_id], [])
+            self.world.give_way(process, cache_id)
 
     @rule(pick=_pick)
     def die(self, pick: int) -> None:
