@@ -3,6 +3,7 @@ messages, deaths, silences, manager crashes between any two stores, and full poo
 
 from __future__ import annotations
 
+import gc
 import shutil
 import tempfile
 from pathlib import Path
@@ -346,6 +347,7 @@ class SafetyMachine(RuleBasedStateMachine):
         finally:
             self.world.manager.close()
             shutil.rmtree(self._directory, ignore_errors=True)
+            gc.unfreeze()  # each manager froze what there was; nothing of hundreds of worlds would ever be freed
 
 
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
