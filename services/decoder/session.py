@@ -290,6 +290,7 @@ class ManagerLeases:
         except (OSError, ValueError) as error:
             raise ConfigError(f"--kv-manager: cannot map the pool {reply.pool.kv_path}: {error}") from error
         old, self._pool = self._pool, pool
+        self._outbox.sort()  # the engine went on while the file was being mapped
         self._outbox.drop_seals()
         bound.post(PoolReady(pool, reply.pool.block_size, can_seal=True))
         if old is not None:
