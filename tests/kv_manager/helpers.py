@@ -28,6 +28,7 @@ from protos import kv_manager_pb2 as pb
 from protos import kv_manager_pb2_grpc as pb_grpc
 from protos.pool_format import DATA_OFFSET_BYTES
 from protos.rich_status import error_info
+from services.healthcheck import is_serving
 from services.kv_manager import translate
 from services.kv_manager.config import Config
 from services.kv_manager.leasebook import SealOrder
@@ -256,11 +257,17 @@ class ManagerProcess:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> ManagerProcess:
-        """Starts it and waits until it serves."""
-        self.process = spawn("--listen", self.address, "--pool-dir", str(self.pool_dir), *self.flags)
-        with grpc.insecure_channel(self.address) as channel:
-            stub = pb_grpc.KVManagerStub(channel)
-            stub.DescribePool(pb.DescribePoolRequest(), timeout=60, wait_for_ready=True)
+        """Starts it and waits until it serves; raises AssertionError when it ends before."""
+        process = spawn("--listen", self.address, "--pool-dir", str(self.pool_dir), *self.flags)
+        self.process = process
+
+        def serves() -> bool:
+            assert process.poll() is None, f"the manager ended with {process.returncode}"
+            # Asked again when it fails: channels of one address share a connection, and a call that is made before
+            # gRPC has seen the last manager's end is lost with it.
+            return is_serving(self.address, "leasehold.v1.KVManager", 5.0)
+
+        wait_until(serves, what="the manager serving")
         return self
 
     def send(self, number: signal.Signals) -> int:
