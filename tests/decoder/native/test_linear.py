@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+
 import numpy as np
 import pytest
 
@@ -94,27 +97,38 @@ def test_plain_c_agrees_but_for_fused_products(isa: str) -> None:
 
 
 def test_nothing_behind_a_matrix_is_read() -> None:
-    """The rows end where the mapping does, which a reader beyond the end would not survive."""
-    import mmap
-
+    """The rows end where memory may be read, which a reader beyond the end would not survive."""
     rng = np.random.default_rng(3)
-    for bits, group_size, cols in [(4, 32, 32), (4, 32, 96), (8, 32, 96), (4, 64, 64), (4, 128, 128)]:
+    four_bits = [
+        (4, 32, 32),
+        (4, 32, 96),
+        (4, 32, 224),
+        (4, 32, 352),
+        (4, 64, 64),
+        (4, 64, 448),
+        (4, 128, 128),
+        (4, 128, 640),
+    ]
+    for bits, group_size, cols in [*four_bits, (8, 32, 96)]:
         linear, weight = quantised_linear("head", (3, cols), bits, group_size, rng)
         assert linear.scales is not None
         assert linear.biases is not None
         at_the_end = []
         for part in (linear.weight, linear.scales, linear.biases):
             array = part.numpy()
-            page = mmap.mmap(-1, mmap.PAGESIZE)
-            view = np.frombuffer(page, array.dtype, array.size, mmap.PAGESIZE - array.nbytes).reshape(array.shape)
+            pages = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+            view = np.frombuffer(pages, array.dtype, array.size, mmap.PAGESIZE - array.nbytes).reshape(array.shape)
+            # What is mapped behind it by chance could be read: the second page cannot.
+            behind = ctypes.c_void_p(view.ctypes.data + array.nbytes)
+            assert ctypes.CDLL(None).mprotect(behind, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
             view[...] = array
             at_the_end.append(ArrayTensor(part.name, part.dtype, view))
         moved = LinearTensors(at_the_end[0], at_the_end[1], at_the_end[2], bits, group_size)
-        x = rng.standard_normal((2, cols)).astype(np.float32)
-        _close(_project(NativeOps("exact", 1), x, moved), rms_norm(x) @ weight.T)
-        _close(
-            _project(NativeOps("fast", 1), x, moved), quantise_activations(rms_norm(x).astype("f4")) @ weight.T, 2e-4
-        )
+        for tokens in (2, 5):
+            x = rng.standard_normal((tokens, cols)).astype(np.float32)
+            _close(_project(NativeOps("exact", 1), x, moved), rms_norm(x) @ weight.T)
+            bytes_of_x = quantise_activations(rms_norm(x).astype("f4"))
+            _close(_project(NativeOps("fast", 1), x, moved), bytes_of_x @ weight.T, 2e-4)
 
 
 def test_no_rows() -> None:

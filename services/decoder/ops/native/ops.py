@@ -36,7 +36,7 @@ from services.decoder.ops.native.threads import available_cores
 from services.decoder.ops.native.weights import Kept, Weights
 from services.decoder.sampler import Sampled
 
-KERNEL_REVISION = 2  # counts up when bits change, those of the sampler too
+KERNEL_REVISION = 3  # counts up when bits change, those of the sampler too
 PRECISIONS = ("exact", "fast")
 
 

@@ -1,8 +1,9 @@
-/* Linear rows of 4- and 8-bit weights with activations quantised to bytes: integer dot products, floats once a group.
+/* Activations quantised to bytes, and linear rows of 8-bit weights with them: integer dot products, floats once a group.
  *
- * A chunk is ACT_GROUP columns. For 4-bit weights the activations of a chunk come as its 32 even columns, then its 32 odd
- * ones, to meet the low and the high nibbles. */
+ * A chunk is ACT_GROUP columns. For 4-bit weights, which have a file of their own, the activations of a chunk are its 32 even
+ * columns, then its 32 odd ones. */
 #include "kernels.h"
+#include "row_scales.h"
 #include "simd.h"
 
 enum { ROWS = 2, TOKENS = 4, MAX_GROUPS = MAX_COLS / MIN_GROUP, LINE = 64 };
@@ -13,22 +14,8 @@ typedef struct {
     float product[TOKENS][ROWS][MAX_GROUPS + 24]; /* not a power of two apart: those would share a set of the cache */
 } tile_scales;
 
-/* Scales i .. i + 7 of n, zeros beyond n. Nothing behind them is read. */
-INLINE f32x8 load_scales(const uint8_t *p, int64_t i, int64_t n, int format) {
-    if (format == FORMAT_F32) {
-        const float *from = (const float *)p + i;
-        return n - i >= 8 ? f8_load(from) : f8_load_some(from, (int)(n - i));
-    }
-    const uint16_t *from = (const uint16_t *)p + i;
-    if (n - i >= 8) return format == FORMAT_BF16 ? f8_of_bf16(from) : f8_of_f16(from);
-    if (n - i == 4) return format == FORMAT_BF16 ? f8_of_4_bf16(from) : f8_of_4_f16(from);
-    uint16_t rest[8] = {0};
-    for (int64_t j = 0; j < n - i; j++) rest[j] = from[j];
-    return format == FORMAT_BF16 ? f8_of_bf16(rest) : f8_of_f16(rest);
-}
-
 /* The products of one row for all tokens, and the sum of its biases times the groups' sums, which acc begins with. */
-INLINE void begin_row(const int FORMAT, const int T, const int GROUP, const matrix *m, int64_t row, int r,
+INLINE void begin_row(const int T, const int GROUP, const matrix *m, int64_t row, int r,
                       const activation *tokens, tile_scales *s, f32x8 (*acc)[ROWS]) {
     const uint8_t *scales = m->scales + row * m->scale_row_bytes, *biases = m->biases + row * m->scale_row_bytes;
     int64_t groups = m->cols / GROUP;
@@ -36,8 +23,8 @@ INLINE void begin_row(const int FORMAT, const int T, const int GROUP, const matr
     UNROLL for (int t = 0; t < T; t++) acc[t][r] = f8_zero();
     for (int64_t i = 0; i < groups; i += 8) {
         f32x8 factor = load_scales(scales, i, groups, m->scale_format), bias = load_scales(biases, i, groups, m->scale_format);
-        /* 8-bit kernels see q - 128, so the bias takes 128 scales more. */
-        if (FORMAT == FORMAT_Q8) bias = f8_add(bias, f8_mul(f8_set1(128.0f), factor));
+        /* The dot products see q - 128, so the bias takes 128 scales more. */
+        bias = f8_add(bias, f8_mul(f8_set1(128.0f), factor));
         if (GROUP != 64) f8_store(scale + i, factor);
         UNROLL for (int t = 0; t < T; t++) {
             acc[t][r] = f8_fma(bias, f8_load(tokens[t].sum + i), acc[t][r]);
@@ -48,41 +35,6 @@ INLINE void begin_row(const int FORMAT, const int T, const int GROUP, const matr
     for (int t = 0; t < T; t++)
         for (int64_t u = 0; u < (GROUP == 32 ? groups : 2 * groups); u++)
             s->product[t][r][u] = GROUP == 32 ? scale[u] * tokens[t].scale[u / 2] : scale[u / 2] * tokens[t].scale[u];
-}
-
-/* A chunk's scale: one number, or one for each half. */
-INLINE f32x8 chunk_scale(const int GROUP, const float *product, int64_t chunk) {
-    return GROUP == 32 ? f8_halves(product[2 * chunk], product[2 * chunk + 1]) : f8_set1(product[chunk]);
-}
-
-INLINE void q4_tile(const int R, const int T, const int GROUP, const uint8_t *weight, int64_t row_bytes, int64_t cols,
-                    const tile_scales *s, const activation *tokens, const uint8_t *next, f32x8 (*acc)[ROWS]) {
-    int64_t chunks = cols / 64;
-    bytes32 low[ROWS], high[ROWS];
-    for (int64_t c = 0; c < chunks; c++) {
-        UNROLL for (int r = 0; r < R; r++) {
-            const uint8_t *at = weight + r * row_bytes + c * 32;
-            bytes32 w = b32_load(at);
-            if (r == 0) prefetch(next + (R == ROWS ? c * LINE : c * LINE / 2)); /* half a line a row and chunk */
-            low[r] = b32_low_nibbles(w);
-            high[r] = b32_high_nibbles(w);
-        }
-        UNROLL for (int t = 0; t < T; t++) {
-            bytes32 even = b32_load(tokens[t].q + c * 64), odd = b32_load(tokens[t].q + c * 64 + 32);
-            UNROLL for (int r = 0; r < R; r++)
-                acc[t][r] = f8_fma(dot_nibbles(low[r], high[r], even, odd), chunk_scale(GROUP, s->product[t][r], c), acc[t][r]);
-        }
-    }
-    if (GROUP != 32 || cols % 64 == 0) return;
-    for (int r = 0; r < R; r++) { /* half a chunk ends the row; its other half is zero in the activations */
-        bytes32 w = b32_load_half(weight + r * row_bytes + chunks * 32);
-        bytes32 l = b32_low_nibbles(w), h = b32_high_nibbles(w);
-        for (int t = 0; t < T; t++) {
-            bytes32 even = b32_load(tokens[t].q + chunks * 64), odd = b32_load(tokens[t].q + chunks * 64 + 32);
-            f32x8 scale = f8_halves(s->product[t][r][2 * chunks], 0.0f);
-            acc[t][r] = f8_fma(dot_nibbles(l, h, even, odd), scale, acc[t][r]);
-        }
-    }
 }
 
 INLINE void q8_tile(const int R, const int T, const int GROUP, const uint8_t *weight, int64_t row_bytes, int64_t cols,
@@ -115,7 +67,7 @@ INLINE void q8_tile(const int R, const int T, const int GROUP, const uint8_t *we
     }
 }
 
-INLINE void tile(const int FORMAT, const int R, const int T, const int GROUP, const matrix *m, int64_t first,
+INLINE void tile(const int R, const int T, const int GROUP, const matrix *m, int64_t first,
                  const activation *tokens, float *out, int64_t out_stride, tile_scales *s, next_rows next) {
     const uint8_t *weight = m->weight + first * m->row_bytes;
     f32x8 acc[TOKENS][ROWS];
@@ -123,12 +75,8 @@ INLINE void tile(const int FORMAT, const int R, const int T, const int GROUP, co
         prefetch(next.scales + i);
         prefetch(next.biases + i);
     }
-    UNROLL for (int r = 0; r < R; r++) begin_row(FORMAT, T, GROUP, m, first + r, r, tokens, s, acc);
-    if (FORMAT == FORMAT_Q4) {
-        q4_tile(R, T, GROUP, weight, m->row_bytes, m->cols, s, tokens, next.weight, acc);
-    } else {
-        q8_tile(R, T, GROUP, weight, m->row_bytes, m->cols, s, tokens, next.weight, acc);
-    }
+    UNROLL for (int r = 0; r < R; r++) begin_row(T, GROUP, m, first + r, r, tokens, s, acc);
+    q8_tile(R, T, GROUP, weight, m->row_bytes, m->cols, s, tokens, next.weight, acc);
     if (R == ROWS) {
         UNROLL for (int t = 0; t + 2 <= T; t += 2) {
             float sums[2 * ROWS];
@@ -142,17 +90,17 @@ INLINE void tile(const int FORMAT, const int R, const int T, const int GROUP, co
 }
 
 /* R rows by up to four tokens: accumulators stay in registers. */
-INLINE void tokens_tile(const int FORMAT, const int R, const int GROUP, const matrix *m, int64_t first,
+INLINE void tokens_tile(const int R, const int GROUP, const matrix *m, int64_t first,
                         const activation *tokens, int64_t n, float *out, int64_t out_stride, tile_scales *s,
                         next_rows next) {
     if (n == 1) {
-        tile(FORMAT, R, 1, GROUP, m, first, tokens, out, out_stride, s, next);
+        tile(R, 1, GROUP, m, first, tokens, out, out_stride, s, next);
     } else if (n == 2) {
-        tile(FORMAT, R, 2, GROUP, m, first, tokens, out, out_stride, s, next);
+        tile(R, 2, GROUP, m, first, tokens, out, out_stride, s, next);
     } else if (n == 3) {
-        tile(FORMAT, R, 3, GROUP, m, first, tokens, out, out_stride, s, next);
+        tile(R, 3, GROUP, m, first, tokens, out, out_stride, s, next);
     } else {
-        tile(FORMAT, R, 4, GROUP, m, first, tokens, out, out_stride, s, next);
+        tile(R, 4, GROUP, m, first, tokens, out, out_stride, s, next);
     }
 }
 
@@ -161,7 +109,7 @@ INLINE next_rows rows_behind(const matrix *m, next_rows from, int64_t rows) {
     return (next_rows){from.weight + rows * m->row_bytes, from.scales + scales, from.biases + scales};
 }
 
-INLINE void all_rows(const int FORMAT, const int GROUP, const matrix *m, int64_t first, int64_t num_rows,
+INLINE void all_rows(const int GROUP, const matrix *m, int64_t first, int64_t num_rows,
                      const activation *tokens, int64_t num_tokens, float *out, int64_t out_stride,
                      const next_rows *next) {
     tile_scales s;
@@ -173,31 +121,30 @@ INLINE void all_rows(const int FORMAT, const int GROUP, const matrix *m, int64_t
         const activation *a = tokens + t;
         float *o = out + t * out_stride;
         for (; r + ROWS <= num_rows; r += ROWS) {
-            tokens_tile(FORMAT, ROWS, GROUP, m, first + r, a, n, o + r, out_stride, &s, rows_behind(m, from, r));
+            tokens_tile(ROWS, GROUP, m, first + r, a, n, o + r, out_stride, &s, rows_behind(m, from, r));
         }
         if (r < num_rows) {
-            tokens_tile(FORMAT, 1, GROUP, m, first + r, a, n, o + r, out_stride, &s, rows_behind(m, from, r));
+            tokens_tile(1, GROUP, m, first + r, a, n, o + r, out_stride, &s, rows_behind(m, from, r));
         }
     }
 }
 
-#define INSTANCE(name, format, group)                                                                             \
+#define INSTANCE(name, group)                                                                                     \
     static void name(const matrix *m, int64_t first, int64_t num_rows, const activation *tokens, int64_t num_tokens, \
                      float *out, int64_t out_stride, const next_rows *next) {                                      \
-        all_rows(format, group, m, first, num_rows, tokens, num_tokens, out, out_stride, next);                   \
+        all_rows(group, m, first, num_rows, tokens, num_tokens, out, out_stride, next);                            \
     }
-INSTANCE(q4_g32, FORMAT_Q4, 32)
-INSTANCE(q4_g64, FORMAT_Q4, 64)
-INSTANCE(q4_g128, FORMAT_Q4, 128)
-INSTANCE(q8_g32, FORMAT_Q8, 32)
-INSTANCE(q8_g64, FORMAT_Q8, 64)
-INSTANCE(q8_g128, FORMAT_Q8, 128)
+INSTANCE(q8_g32, 32)
+INSTANCE(q8_g64, 64)
+INSTANCE(q8_g128, 128)
+
+rows_kernel ISA(rows_q4);
 
 void ISA(rows_fast)(const matrix *m, int64_t first, int64_t num_rows, const activation *tokens, int64_t num_tokens,
                     float *out, int64_t out_stride, const next_rows *next) {
-    static rows_kernel *const instances[2][3] = {{q4_g32, q4_g64, q4_g128}, {q8_g32, q8_g64, q8_g128}};
-    int group = m->group_size == 32 ? 0 : m->group_size == 64 ? 1 : 2;
-    instances[m->format == FORMAT_Q8][group](m, first, num_rows, tokens, num_tokens, out, out_stride, next);
+    rows_kernel *q8 = m->group_size == 32 ? q8_g32 : m->group_size == 64 ? q8_g64 : q8_g128;
+    rows_kernel *instance = m->format == FORMAT_Q4 ? ISA(rows_q4) : q8;
+    instance(m, first, num_rows, tokens, num_tokens, out, out_stride, next);
 }
 
 void ISA(quantise)(const float *x, int64_t cols, int format, int64_t group_size, int8_t *q, float *scale, float *sum) {

@@ -48,16 +48,16 @@ static void quantise_row(void *arg, int64_t i, int member) {
 activations prepare_in(context *c, enum buffer heads, enum buffer bytes, enum buffer floats, const matrix *m, const float *x,
                        int64_t x_stride, int64_t num_rows) {
     int fast = is_fast(c, m);
-    int64_t chunks = (m->cols + ACT_GROUP - 1) / ACT_GROUP;
+    int64_t chunks = (m->cols + ACT_GROUP - 1) / ACT_GROUP, held = (chunks + 3) / 4 * 4; /* kernels read them by fours */
     int64_t groups = fast ? (m->cols / m->group_size + 7) / 8 * 8 : 0, scales = (chunks + 7) / 8 * 8;
     activation *rows = NEW(c, heads, activation, num_rows);
-    int8_t *q = fast ? NEW(c, bytes, int8_t, num_rows * chunks * ACT_GROUP) : NULL;
+    int8_t *q = fast ? NEW(c, bytes, int8_t, num_rows * held * ACT_GROUP) : NULL;
     float *numbers = fast ? NEW(c, floats, float, num_rows * (scales + groups)) : NULL;
     if (c->failed) return (activations){NULL, 0};
     for (int64_t i = 0; i < num_rows; i++) {
         rows[i] = (activation){.x = x + i * x_stride};
         if (!fast) continue;
-        rows[i].q = q + i * chunks * ACT_GROUP;
+        rows[i].q = q + i * held * ACT_GROUP;
         rows[i].scale = numbers + i * (scales + groups);
         rows[i].sum = rows[i].scale + scales;
     }

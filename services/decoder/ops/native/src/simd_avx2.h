@@ -86,10 +86,6 @@ static inline void f8_to_f16(uint16_t *p, f32x8 a) {
 }
 
 static inline bytes32 b32_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
-/* 16 bytes, then zeros. */
-static inline bytes32 b32_load_half(const void *p) {
-    return _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)p));
-}
 static inline bytes32 b32_low_nibbles(bytes32 w) { return _mm256_and_si256(w, _mm256_set1_epi8(15)); }
 static inline bytes32 b32_high_nibbles(bytes32 w) {
     return _mm256_and_si256(_mm256_srli_epi16(w, 4), _mm256_set1_epi8(15));
@@ -97,15 +93,69 @@ static inline bytes32 b32_high_nibbles(bytes32 w) {
 /* Unsigned bytes less 128. */
 static inline bytes32 b32_to_signed(bytes32 w) { return _mm256_xor_si256(w, _mm256_set1_epi8((char)0x80)); }
 
-/* Lane i: the sum over bytes 4i .. 4i+3 of low * even + high * odd; low and high at most 15, even and odd signed. */
-static inline f32x8 dot_nibbles(bytes32 low, bytes32 high, bytes32 even, bytes32 odd) {
+/* Sums of products of nibbles and signed bytes, four columns to a 32-bit lane; of at most four additions, so that what
+ * parts_pairs adds in 16 bits fits. */
+typedef __m256i parts;
+typedef __m256i i32x8;
+
+static inline parts parts_zero(void) { return _mm256_setzero_si256(); }
+static inline parts parts_add(parts sums, bytes32 nibbles, bytes32 a) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    __m256i sum = _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(_mm256_setzero_si256(), low, even), high, odd);
+    return _mm256_dpbusd_epi32(sums, nibbles, a);
 #else
-    __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, even), _mm256_maddubs_epi16(high, odd));
-    __m256i sum = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    return _mm256_add_epi16(sums, _mm256_maddubs_epi16(nibbles, a));
 #endif
-    return _mm256_cvtepi32_ps(sum);
+}
+/* i8_quads(parts_pairs(a, b), parts_pairs(c, d)): the sums of a, b, c and d over lanes 0 to 3, then those over lanes 4 to 7. */
+static inline i32x8 parts_pairs(parts a, parts b) {
+    __m256i low = _mm256_unpacklo_epi32(a, b), high = _mm256_unpackhi_epi32(a, b);
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_add_epi32(low, high);
+#else
+    return _mm256_madd_epi16(_mm256_add_epi16(low, high), _mm256_set1_epi16(1));
+#endif
+}
+static inline i32x8 i8_quads(i32x8 ab, i32x8 cd) {
+    return _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+}
+static inline i32x8 i8_add(i32x8 a, i32x8 b) { return _mm256_add_epi32(a, b); }
+static inline i32x8 i8_lower(i32x8 a, i32x8 b) { return _mm256_permute2x128_si256(a, b, 0x20); }
+static inline i32x8 i8_upper(i32x8 a, i32x8 b) { return _mm256_permute2x128_si256(a, b, 0x31); }
+static inline f32x8 f8_of_ints(i32x8 a) { return _mm256_cvtepi32_ps(a); }
+
+/* 16 bytes, twice. */
+static inline bytes32 b32_repeat(const void *p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
+}
+static inline bytes32 b32_lower(bytes32 a, bytes32 b) { return _mm256_permute2x128_si256(a, b, 0x20); }
+static inline bytes32 b32_upper(bytes32 a, bytes32 b) { return _mm256_permute2x128_si256(a, b, 0x31); }
+static inline void b32_store(uint8_t *p, bytes32 a) { _mm256_storeu_si256((__m256i *)p, a); }
+
+/* p0 p1 p2 p3, twice. */
+static inline f32x8 f8_repeat(const float *p) { return _mm256_broadcast_ps((const __m128 *)p); }
+/* Lane i of a, b, c and d to to + i * stride. */
+static inline void f8_store_columns(float *to, int64_t stride, f32x8 a, f32x8 b, f32x8 c, f32x8 d) {
+    __m256 ab0 = _mm256_unpacklo_ps(a, b), ab2 = _mm256_unpackhi_ps(a, b);
+    __m256 cd0 = _mm256_unpacklo_ps(c, d), cd2 = _mm256_unpackhi_ps(c, d);
+    __m256 columns[4] = {_mm256_shuffle_ps(ab0, cd0, 0x44), _mm256_shuffle_ps(ab0, cd0, 0xEE),
+                         _mm256_shuffle_ps(ab2, cd2, 0x44), _mm256_shuffle_ps(ab2, cd2, 0xEE)};
+    for (int i = 0; i < 4; i++) {
+        _mm_storeu_ps(to + i * stride, _mm256_castps256_ps128(columns[i]));
+        _mm_storeu_ps(to + (i + 4) * stride, _mm256_extractf128_ps(columns[i], 1));
+    }
+}
+
+/* The first halves of a and b, and their second halves. */
+static inline f32x8 f8_lower(f32x8 a, f32x8 b) { return _mm256_permute2f128_ps(a, b, 0x20); }
+static inline f32x8 f8_upper(f32x8 a, f32x8 b) { return _mm256_permute2f128_ps(a, b, 0x31); }
+/* In each half: a0 a2 b0 b2, a1 a3 b1 b3, a0 a0 a1 a1, a2 a2 a3 a3. */
+static inline f32x8 f8_evens(f32x8 a, f32x8 b) { return _mm256_shuffle_ps(a, b, 0x88); }
+static inline f32x8 f8_odds(f32x8 a, f32x8 b) { return _mm256_shuffle_ps(a, b, 0xDD); }
+static inline f32x8 f8_twice_low(f32x8 a) { return _mm256_unpacklo_ps(a, a); }
+static inline f32x8 f8_twice_high(f32x8 a) { return _mm256_unpackhi_ps(a, a); }
+/* In each half: the sums of a's, b's, c's and d's four lanes, as (0 + 1) + (2 + 3). */
+static inline f32x8 f8_sums_of_fours(f32x8 a, f32x8 b, f32x8 c, f32x8 d) {
+    return _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
 }
 
 /* Lane i: the sum over bytes 4i .. 4i+3 of w * a, w in [-128, 127], a in [-127, 127]. |w| * a stays within an int16 pair. */
@@ -124,6 +174,7 @@ static inline f32x8 dot_bytes2(bytes32 w0, bytes32 a0, bytes32 w1, bytes32 a1) {
 
 /* Keeps a vector in its register: the compiler would read it from memory again for each use. */
 #define keep(v) __asm__("" : "+x"(v))
+#define forget_loads() __asm__ volatile("" ::: "memory")
 
 /* a in lanes 0 to 3, b in lanes 4 to 7. */
 static inline f32x8 f8_halves(float a, float b) { return _mm256_set_m128(_mm_set1_ps(b), _mm_set1_ps(a)); }

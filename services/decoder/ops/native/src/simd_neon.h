@@ -97,7 +97,6 @@ static inline void f8_to_f16(uint16_t *p, f32x8 a) {
 
 static inline bytes32 b32_load(const void *p) { return (bytes32){vld1q_u8(p), vld1q_u8((const uint8_t *)p + 16)}; }
 /* 16 bytes, then zeros. */
-static inline bytes32 b32_load_half(const void *p) { return (bytes32){vld1q_u8(p), vdupq_n_u8(0)}; }
 static inline bytes32 b32_low_nibbles(bytes32 w) {
     return (bytes32){vandq_u8(w.lo, vdupq_n_u8(15)), vandq_u8(w.hi, vdupq_n_u8(15))};
 }
@@ -112,12 +111,63 @@ static inline int32x4_t dot4(int32x4_t sum, uint8x16_t w, uint8x16_t a) {
 }
 static inline f32x8 f8_of_i32(int32x4_t lo, int32x4_t hi) { return (f32x8){vcvtq_f32_s32(lo), vcvtq_f32_s32(hi)}; }
 
-/* Lane i: the sum over bytes 4i .. 4i+3 of low * even + high * odd; low and high at most 15, even and odd signed. */
-static inline f32x8 dot_nibbles(bytes32 low, bytes32 high, bytes32 even, bytes32 odd) {
-    int32x4_t zero = vdupq_n_s32(0);
-    return f8_of_i32(dot4(dot4(zero, low.lo, even.lo), high.lo, odd.lo),
-                     dot4(dot4(zero, low.hi, even.hi), high.hi, odd.hi));
+/* Sums of products of nibbles and signed bytes, four columns to a 32-bit lane. */
+typedef struct {
+    int32x4_t lo, hi;
+} i32x8;
+typedef i32x8 parts;
+
+static inline parts parts_zero(void) { return (parts){vdupq_n_s32(0), vdupq_n_s32(0)}; }
+static inline parts parts_add(parts sums, bytes32 nibbles, bytes32 a) {
+    return (parts){dot4(sums.lo, nibbles.lo, a.lo), dot4(sums.hi, nibbles.hi, a.hi)};
 }
+/* i8_quads(parts_pairs(a, b), parts_pairs(c, d)): the sums of a, b, c and d over lanes 0 to 3, then those over lanes 4 to 7. */
+static inline i32x8 parts_pairs(parts a, parts b) { return (i32x8){vpaddq_s32(a.lo, b.lo), vpaddq_s32(a.hi, b.hi)}; }
+static inline i32x8 i8_quads(i32x8 ab, i32x8 cd) { return parts_pairs(ab, cd); }
+static inline i32x8 i8_add(i32x8 a, i32x8 b) { return (i32x8){vaddq_s32(a.lo, b.lo), vaddq_s32(a.hi, b.hi)}; }
+static inline i32x8 i8_lower(i32x8 a, i32x8 b) { return (i32x8){a.lo, b.lo}; }
+static inline i32x8 i8_upper(i32x8 a, i32x8 b) { return (i32x8){a.hi, b.hi}; }
+static inline f32x8 f8_of_ints(i32x8 a) { return f8_of_i32(a.lo, a.hi); }
+
+/* 16 bytes, twice. */
+static inline bytes32 b32_repeat(const void *p) { return (bytes32){vld1q_u8(p), vld1q_u8(p)}; }
+static inline bytes32 b32_lower(bytes32 a, bytes32 b) { return (bytes32){a.lo, b.lo}; }
+static inline bytes32 b32_upper(bytes32 a, bytes32 b) { return (bytes32){a.hi, b.hi}; }
+static inline void b32_store(uint8_t *p, bytes32 a) {
+    vst1q_u8(p, a.lo);
+    vst1q_u8(p + 16, a.hi);
+}
+
+/* p0 p1 p2 p3, twice. */
+static inline f32x8 f8_repeat(const float *p) { return (f32x8){vld1q_f32(p), vld1q_f32(p)}; }
+
+static inline void store_columns4(float *to, int64_t stride, float32x4_t a, float32x4_t b, float32x4_t c, float32x4_t d) {
+    float32x4_t ab0 = vzip1q_f32(a, b), ab2 = vzip2q_f32(a, b), cd0 = vzip1q_f32(c, d), cd2 = vzip2q_f32(c, d);
+    vst1q_f32(to, vcombine_f32(vget_low_f32(ab0), vget_low_f32(cd0)));
+    vst1q_f32(to + stride, vcombine_f32(vget_high_f32(ab0), vget_high_f32(cd0)));
+    vst1q_f32(to + 2 * stride, vcombine_f32(vget_low_f32(ab2), vget_low_f32(cd2)));
+    vst1q_f32(to + 3 * stride, vcombine_f32(vget_high_f32(ab2), vget_high_f32(cd2)));
+}
+/* Lane i of a, b, c and d to to + i * stride. */
+static inline void f8_store_columns(float *to, int64_t stride, f32x8 a, f32x8 b, f32x8 c, f32x8 d) {
+    store_columns4(to, stride, a.lo, b.lo, c.lo, d.lo);
+    store_columns4(to + 4 * stride, stride, a.hi, b.hi, c.hi, d.hi);
+}
+
+/* The first halves of a and b, and their second halves. */
+static inline f32x8 f8_lower(f32x8 a, f32x8 b) { return (f32x8){a.lo, b.lo}; }
+static inline f32x8 f8_upper(f32x8 a, f32x8 b) { return (f32x8){a.hi, b.hi}; }
+/* In each half: a0 a2 b0 b2, a1 a3 b1 b3, a0 a0 a1 a1, a2 a2 a3 a3. */
+static inline f32x8 f8_evens(f32x8 a, f32x8 b) { return (f32x8){vuzp1q_f32(a.lo, b.lo), vuzp1q_f32(a.hi, b.hi)}; }
+static inline f32x8 f8_odds(f32x8 a, f32x8 b) { return (f32x8){vuzp2q_f32(a.lo, b.lo), vuzp2q_f32(a.hi, b.hi)}; }
+static inline f32x8 f8_twice_low(f32x8 a) { return (f32x8){vzip1q_f32(a.lo, a.lo), vzip1q_f32(a.hi, a.hi)}; }
+static inline f32x8 f8_twice_high(f32x8 a) { return (f32x8){vzip2q_f32(a.lo, a.lo), vzip2q_f32(a.hi, a.hi)}; }
+/* In each half: the sums of a's, b's, c's and d's four lanes, as (0 + 1) + (2 + 3). */
+static inline f32x8 f8_sums_of_fours(f32x8 a, f32x8 b, f32x8 c, f32x8 d) {
+    return (f32x8){vpaddq_f32(vpaddq_f32(a.lo, b.lo), vpaddq_f32(c.lo, d.lo)),
+                   vpaddq_f32(vpaddq_f32(a.hi, b.hi), vpaddq_f32(c.hi, d.hi))};
+}
+
 /* Lane i: the sum over bytes 4i .. 4i+3 of w * a, w in [-128, 127], a in [-127, 127]. */
 static inline f32x8 dot_bytes(bytes32 w, bytes32 a) {
     int32x4_t zero = vdupq_n_s32(0);
@@ -132,6 +182,7 @@ static inline f32x8 dot_bytes2(bytes32 w0, bytes32 a0, bytes32 w1, bytes32 a1) {
 static inline f32x8 f8_halves(float a, float b) { return (f32x8){vdupq_n_f32(a), vdupq_n_f32(b)}; }
 
 #define keep(v) ((void)(v))
+#define forget_loads() ((void)0)
 #define prefetch(p) __builtin_prefetch(p, 0, 2)
 
 #endif

@@ -78,11 +78,6 @@ static inline bytes32 b32_load(const void *p) {
     return r;
 }
 /* 16 bytes, then zeros. */
-static inline bytes32 b32_load_half(const void *p) {
-    bytes32 r = {{0}};
-    memcpy(r.v, p, 16);
-    return r;
-}
 #define B32_LANES(expression)                                  \
     bytes32 r;                                                 \
     for (int i = 0; i < 32; i++) r.v[i] = (uint8_t)(expression); \
@@ -97,10 +92,67 @@ static inline int dot4(const uint8_t *w, const uint8_t *a) {
     for (int j = 0; j < 4; j++) sum += (int8_t)w[j] * (int8_t)a[j];
     return sum;
 }
-/* Lane i: the sum over bytes 4i .. 4i+3 of low * even + high * odd; low and high at most 15, even and odd signed. */
-static inline f32x8 dot_nibbles(bytes32 low, bytes32 high, bytes32 even, bytes32 odd) {
-    F8_LANES((float)(dot4(low.v + 4 * i, even.v + 4 * i) + dot4(high.v + 4 * i, odd.v + 4 * i)));
+/* Sums of products of nibbles and signed bytes, four columns to a 32-bit lane. */
+typedef struct {
+    int v[8];
+} i32x8;
+typedef i32x8 parts;
+
+#define I8_LANES(expression)                        \
+    i32x8 r;                                        \
+    for (int i = 0; i < 8; i++) r.v[i] = expression; \
+    return r
+
+static inline parts parts_zero(void) { I8_LANES(0); }
+static inline parts parts_add(parts sums, bytes32 nibbles, bytes32 a) {
+    I8_LANES(sums.v[i] + dot4(nibbles.v + 4 * i, a.v + 4 * i));
 }
+/* i8_quads(parts_pairs(a, b), parts_pairs(c, d)): the sums of a, b, c and d over lanes 0 to 3, then those over lanes 4 to 7. */
+static inline i32x8 parts_pairs(parts a, parts b) {
+    I8_LANES(i % 2 ? b.v[i / 4 * 4 + i % 4 / 2] + b.v[i / 4 * 4 + i % 4 / 2 + 2]
+                   : a.v[i / 4 * 4 + i % 4 / 2] + a.v[i / 4 * 4 + i % 4 / 2 + 2]);
+}
+static inline i32x8 i8_quads(i32x8 ab, i32x8 cd) {
+    I8_LANES(i & 2 ? cd.v[i - 2] + cd.v[i] : ab.v[i] + ab.v[i + 2]);
+}
+static inline i32x8 i8_add(i32x8 a, i32x8 b) { I8_LANES(a.v[i] + b.v[i]); }
+static inline i32x8 i8_lower(i32x8 a, i32x8 b) { I8_LANES(i < 4 ? a.v[i] : b.v[i - 4]); }
+static inline i32x8 i8_upper(i32x8 a, i32x8 b) { I8_LANES(i < 4 ? a.v[i + 4] : b.v[i]); }
+static inline f32x8 f8_of_ints(i32x8 a) { F8_LANES((float)a.v[i]); }
+
+/* 16 bytes, twice. */
+static inline bytes32 b32_repeat(const void *p) { B32_LANES(((const uint8_t *)p)[i % 16]); }
+static inline bytes32 b32_lower(bytes32 a, bytes32 b) { B32_LANES(i < 16 ? a.v[i] : b.v[i - 16]); }
+static inline bytes32 b32_upper(bytes32 a, bytes32 b) { B32_LANES(i < 16 ? a.v[i + 16] : b.v[i]); }
+static inline void b32_store(uint8_t *p, bytes32 a) { memcpy(p, a.v, sizeof a.v); }
+
+/* p0 p1 p2 p3, twice. */
+static inline f32x8 f8_repeat(const float *p) { F8_LANES(p[i % 4]); }
+/* Lane i of a, b, c and d to to + i * stride. */
+static inline void f8_store_columns(float *to, int64_t stride, f32x8 a, f32x8 b, f32x8 c, f32x8 d) {
+    for (int i = 0; i < 8; i++) memcpy(to + i * stride, (float[]){a.v[i], b.v[i], c.v[i], d.v[i]}, 4 * sizeof *to);
+}
+
+/* The first halves of a and b, and their second halves. */
+static inline f32x8 f8_lower(f32x8 a, f32x8 b) { F8_LANES(i < 4 ? a.v[i] : b.v[i - 4]); }
+static inline f32x8 f8_upper(f32x8 a, f32x8 b) { F8_LANES(i < 4 ? a.v[i + 4] : b.v[i]); }
+/* In each half: a0 a2 b0 b2, a1 a3 b1 b3, a0 a0 a1 a1, a2 a2 a3 a3. */
+static inline f32x8 f8_evens(f32x8 a, f32x8 b) { F8_LANES((i & 2 ? b : a).v[(i & 4) + (i & 1) * 2]); }
+static inline f32x8 f8_odds(f32x8 a, f32x8 b) { F8_LANES((i & 2 ? b : a).v[(i & 4) + (i & 1) * 2 + 1]); }
+static inline f32x8 f8_twice_low(f32x8 a) { F8_LANES(a.v[(i & 4) + (i & 2) / 2]); }
+static inline f32x8 f8_twice_high(f32x8 a) { F8_LANES(a.v[(i & 4) + 2 + (i & 2) / 2]); }
+/* In each half: the sums of a's, b's, c's and d's four lanes, as (0 + 1) + (2 + 3). */
+static inline f32x8 f8_sums_of_fours(f32x8 a, f32x8 b, f32x8 c, f32x8 d) {
+    f32x8 r;
+    for (int i = 0; i < 8; i += 4) {
+        r.v[i] = (a.v[i] + a.v[i + 1]) + (a.v[i + 2] + a.v[i + 3]);
+        r.v[i + 1] = (b.v[i] + b.v[i + 1]) + (b.v[i + 2] + b.v[i + 3]);
+        r.v[i + 2] = (c.v[i] + c.v[i + 1]) + (c.v[i + 2] + c.v[i + 3]);
+        r.v[i + 3] = (d.v[i] + d.v[i + 1]) + (d.v[i + 2] + d.v[i + 3]);
+    }
+    return r;
+}
+
 /* Lane i: the sum over bytes 4i .. 4i+3 of w * a, w in [-128, 127], a in [-127, 127]. */
 static inline f32x8 dot_bytes(bytes32 w, bytes32 a) { F8_LANES((float)dot4(w.v + 4 * i, a.v + 4 * i)); }
 static inline f32x8 dot_bytes2(bytes32 w0, bytes32 a0, bytes32 w1, bytes32 a1) {
@@ -111,6 +163,7 @@ static inline f32x8 dot_bytes2(bytes32 w0, bytes32 a0, bytes32 w1, bytes32 a1) {
 static inline f32x8 f8_halves(float a, float b) { F8_LANES(i < 4 ? a : b); }
 
 #define keep(v) ((void)(v))
+#define forget_loads() ((void)0)
 #define prefetch(p) ((void)(p))
 
 #endif
