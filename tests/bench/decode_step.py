@@ -197,12 +197,15 @@ class Bench:
         routing: dict[str, float] = {}
 
         def before(index: int) -> None:
-            if index in (WARM_UP_STEPS, WARM_UP_STEPS + num_steps):
+            if index == WARM_UP_STEPS:
+                self._routing()  # what came before is not asked for
+            elif index == WARM_UP_STEPS + num_steps:
                 routing.update(self._routing())
             if before_step and 0 <= index - WARM_UP_STEPS < num_steps:
                 before_step(index - WARM_UP_STEPS)
 
         steps = self.run(prompts, num_steps + WARM_UP_STEPS + batch, batch * context if fill else 512, before, fill)
+        routing = routing or self._routing()  # a single sequence ends with the last timed step
         times = [
             after.arrived - step.began
             for step, after in itertools.pairwise(steps)
