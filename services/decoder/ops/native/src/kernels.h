@@ -29,7 +29,8 @@ typedef struct {
 } matrix;
 
 /* One token's activations: floats, and for integer dot products bytes with a scale for each ACT_GROUP columns and the sum
- * (scale times bytes) of each of the weights' groups; scale and sum are zero from their end to a whole vector of eight. */
+ * (scale times bytes) of each of the weights' groups; scale and sum are zero from their end to a whole vector of eight.
+ * q may be read to the end of four chunks. */
 typedef struct {
     const float *x;
     const int8_t *q;

@@ -174,6 +174,7 @@ static inline f32x8 dot_bytes2(bytes32 w0, bytes32 a0, bytes32 w1, bytes32 a1) {
 
 /* Keeps a vector in its register: the compiler would read it from memory again for each use. */
 #define keep(v) __asm__("" : "+x"(v))
+/* Has the compiler read memory again behind it: kept, what was read before would not fit the registers. */
 #define forget_loads() __asm__ volatile("" ::: "memory")
 
 /* a in lanes 0 to 3, b in lanes 4 to 7. */

@@ -77,7 +77,6 @@ static inline bytes32 b32_load(const void *p) {
     memcpy(r.v, p, 32);
     return r;
 }
-/* 16 bytes, then zeros. */
 #define B32_LANES(expression)                                  \
     bytes32 r;                                                 \
     for (int i = 0; i < 32; i++) r.v[i] = (uint8_t)(expression); \
